@@ -1,0 +1,1 @@
+"""Triton kernels, one file per structure; imports torch and triton only."""
