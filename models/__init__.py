@@ -1,0 +1,1 @@
+"""Models: the zoo of declarations and the published recurrences."""
