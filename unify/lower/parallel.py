@@ -1,0 +1,229 @@
+"""Structure -> chunk-parallel execution: coefficients for all tokens at once, then one of the schedules of `chunked`.
+
+Every name that does not depend on the mean state is evaluated for the whole sequence in one go (the printer never looks
+at the leading dimensions); small autonomous states come first, as decayed sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+
+import sympy as sp
+import torch
+
+from ..energy import GATE_DIMS, prior_mean, prior_precision
+from ..plan import Plan
+from ..recurrence import Recurrence
+from ..structure import Autonomous, Step, Structure, channels, separate
+from ..symbols import arrays, at_index, i, j, l, name_of, put
+from . import chunked
+from .printer import assignment, code
+from .torch import per_token
+
+
+class Sequence:
+    """All tokens of a call: names -> tensors [B, T, H, ...], filled in program order as they become known."""
+
+    def __init__(self, recurrence: Recurrence, structure: Structure, inputs: Mapping[str, torch.Tensor], state: tuple, scale: float):
+        self.recurrence, self.structure = recurrence, structure
+        q = inputs["q"]
+        self.shape, self.width = q.shape, inputs["v"].shape[-1]
+        self.env = {"torch": torch, "scale": scale, "K": q.shape[-1], "V": self.width, **per_token(recurrence, inputs)}
+        self.state = {s.name: x for s, x in zip(recurrence.states, state, strict=True)}
+        if recurrence.triple.architecture.key == "tempered":
+            self.env["k_raw"] = self.env.pop("k")
+        self.final: dict[str, torch.Tensor] = {}
+        self._fill()
+        for x in structure.autonomous:
+            if len(x.dims) < 2:
+                self._scan(x)
+                self._fill()
+
+    def _fill(self) -> None:
+        """Evaluate every assignment whose names are all known."""
+        for step in self.recurrence.steps:
+            if step.name in self.env or step.solve is not None or step.name in ("o", "variance"):
+                continue
+            if {name_of(x) for x in arrays(step.expr)} <= self.env.keys():
+                self.env[step.name] = self.value(step.expr, step.dims)
+
+    def value(self, expr: sp.Expr, dims: tuple) -> torch.Tensor:
+        """An expression at every token, [B, T, H, ...] or broadcastable to it."""
+        result = eval(_code(sp.sympify(expr), dims), self.env)
+        return result if torch.is_tensor(result) else torch.as_tensor(result, dtype=self.env["q"].dtype)
+
+    def full(self, expr: sp.Expr, dims: tuple) -> torch.Tensor:
+        """The same, expanded to [B, T, H, *channels]."""
+        size = [{j: self.shape[-1], l: self.shape[-1], i: self.width}[d] for d in dims]
+        return self.value(expr, dims).expand(*self.shape[:3], *size)
+
+    def log_decay(self, decay: sp.Expr, dims: tuple) -> torch.Tensor:
+        """log of a decay, from sums of logarithms: never exp and log again."""
+        return self.full(_log(decay), dims)
+
+    def _scan(self, x: Autonomous) -> None:
+        """A small autonomous state at every token: before the update under its own name, its last value in `final`."""
+        start = self.state[x.name]
+        if x.decay is None:
+            states, last = self._token_by_token(x, start)
+        else:
+            g = self.log_decay(x.decay, () if not channels(x.decay) else x.dims)
+            g = g[..., None] if g.ndim == 3 and x.dims else g
+            states, last = chunked.decayed_sum(g, self.full(x.drive, x.dims), start)
+        self.env[x.name] = torch.cat([start[:, None], states[:, :-1]], 1)
+        self.final[x.name] = last
+
+    def _token_by_token(self, x: Autonomous, state: torch.Tensor):
+        """A nonlinear state has no closed form over tokens: its own few lines of the program, one token at a time."""
+        chain = [s for s in self.recurrence.steps if s.name.startswith(x.name + "_")]
+        program = compile("\n".join(assignment(s) for s in chain), f"<{x.name}>", "exec")
+        used = {name_of(y) for s in chain for y in arrays(s.expr)} & self.env.keys()
+        moving = {n: self.env[n] for n in used if torch.is_tensor(self.env[n]) and self.env[n].ndim > 2 and n not in self._static()}
+        fixed = {n: self.env[n] for n in self.env if n not in moving}
+        out = []
+        for t in range(self.shape[1]):
+            env = {**fixed, **{n: y[:, t] for n, y in moving.items()}, x.name: state}
+            exec(program, env)
+            state = env[dict(self.recurrence.updates)[x.name]]
+            out.append(state)
+        return torch.stack(out, 1), state
+
+    def _static(self) -> set[str]:
+        names = {x.name for x in self.recurrence.inputs if x.per == "static"}
+        return names | ({"alpha"} if "g" in names else set())
+
+
+@cache
+def _code(expr: sp.Expr, dims: tuple):
+    return compile(code(expr, dims), "<coefficient>", "eval")
+
+
+@cache
+def _log(decay: sp.Expr) -> sp.Expr:
+    from ..symbols import array
+
+    names = {"alpha": lambda *d: sp.exp(array("g", d)) if d else sp.exp(array("g")), "alpha_importance": sp.exp(array("g_importance"))}
+    if not any(isinstance(x, sp.Indexed) for x in arrays(decay) if name_of(x) == "alpha"):
+        names["alpha"] = sp.exp(array("g"))
+    return sp.expand_log(sp.log(put(sp.sympify(decay), **names)), force=True)
+
+
+def run(recurrence: Recurrence, structure: Structure, plan: Plan, inputs: Mapping, state: tuple, scale: float, variance: bool = False):
+    """Execute a sequence by the plan's schedule; arguments and results as `lower.torch.loop`."""
+    seq = Sequence(recurrence, structure, inputs, state, scale)
+    o, var, final = {"linear": _matmul, "rank one": _matmul, "elementwise": _elementwise, "solve": _solve}[plan.family](seq, variance)
+    o = o + seq.full(_input_part(structure, recurrence), (i,))
+    if variance and var is None:
+        step = next(s for s in recurrence.steps if s.name == "variance")
+        var = seq.full(step.expr, (i,))
+    final = {**seq.final, **final}
+    return o, var, tuple(final[s.name] for s in recurrence.states)
+
+
+def _input_part(structure: Structure, recurrence: Recurrence) -> sp.Expr:
+    """What reaches the output without passing through the state."""
+    if structure.read == "elementwise":  # the bonus is divided by the state's precision, so the schedule adds it
+        return put(structure.direct, bonus=lambda *_: sp.S.Zero)
+    return structure.direct
+
+
+class _Micro:
+    """Coefficients of the mean state, the steps of a token laid one after the other along time."""
+
+    def __init__(self, seq: Sequence):
+        self.seq, s = seq, seq.structure
+        self.n = len(s.steps)
+        self.wide = any(channels(x.decay) for x in s.steps)
+        decay = lambda x: seq.log_decay(x.decay, (j,) if self.wide else ())  # noqa: E731
+        self.g = self.lay([decay(x) for x in s.steps])
+        self.key = self.lay([seq.full(x.key if x.key is not None else sp.S.Zero, (j,)) for x in s.steps])
+        self.value = self.lay([seq.full(x.value if x.value is not None else sp.S.Zero, (i,)) for x in s.steps])
+
+    def lay(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        """[B, T, H, ...] for each step -> [B, T n, H, ...]."""
+        return parts[0] if self.n == 1 else torch.stack(parts, 2).flatten(1, 2)
+
+    def repeat(self, x: torch.Tensor) -> torch.Tensor:
+        """One tensor a token, seen by all its steps."""
+        return x if self.n == 1 else x.repeat_interleave(self.n, 1)
+
+    def pick(self, x: torch.Tensor) -> torch.Tensor:
+        """The step of each token at which the memory is read."""
+        return x if self.n == 1 else x[:, (0 if self.seq.structure.before else self.n - 1) :: self.n]
+
+
+def _matmul(seq: Sequence, variance: bool):
+    """Linear states and rank-one transitions."""
+    s, m = seq.structure, _Micro(seq)
+    shift = seq.value(prior_mean(seq.recurrence.triple), (j, i)) if s.mean == "S" and prior_mean(seq.recurrence.triple) != 0 else 0
+    weight, after = s.weight, None
+    if i in channels(weight):
+        weight, after, _ = separate(weight)
+    q = m.repeat(seq.full(weight, (j,)))
+    start = seq.state[s.mean] - shift
+    if s.transition == "rank one":
+        write, read = (m.lay([seq.full(getattr(x, part) if x.write is not None else sp.S.Zero, (j,)) for x in s.steps]) for part in ("write", "read"))
+        o, last = chunked.rank_one(q, read, write, m.key, m.value, m.g, start, before=s.before)
+    else:
+        o, last = chunked.linear(q, m.key, m.value, m.g, start, before=s.before)
+    o = m.pick(o)
+    return (o if after is None else o * seq.full(after, (i,))), None, {s.mean: last + shift}
+
+
+def _bare(step: Step) -> tuple[sp.Expr, sp.Expr]:
+    """The write as (key without factors of its own, everything else on the value)."""
+    factor, key = sp.S.One, sp.S.One
+    for x in sp.Mul.make_args(step.key):
+        if channels(x):
+            key *= x
+        else:
+            factor *= x
+    return key, factor * step.value
+
+
+def _drives(seq: Sequence, name: str) -> list[sp.Expr]:
+    """The drive of a matrix state, observation by observation."""
+    own = next(s for s in seq.recurrence.states if s.name == name)
+    chain = [s for s in seq.recurrence.steps if s.name.startswith(name + "_") and s.phase == "observe"]
+    return [s.expr.xreplace({x: sp.S.Zero for x in arrays(s.expr) if name_of(x).split("_")[0] == own.name}) for s in chain]
+
+
+def _elementwise(seq: Sequence, variance: bool):
+    s, m, t = seq.structure, _Micro(seq), seq.recurrence.triple
+    (precision,) = s.autonomous
+    pairs = [_bare(x) for x in s.steps]
+    drives = [separate(x) for x in _drives(seq, precision.name)]
+    key = m.lay([seq.full(k, (j,)) for k, _ in pairs])
+    value = m.lay([seq.full(v, (i,)) for _, v in pairs])
+    spread = m.lay([seq.full(x, (j,)) for x, _, _ in drives])
+    b = m.lay([seq.full(y, (i,)) for _, y, _ in drives])
+    prior = seq.value(prior_precision(t), (j, i))
+    bonus = seq.env.get("bonus") if t.architecture.bonus else None
+    o, var, last, excess = chunked.elementwise(
+        m.repeat(seq.value(sp.Symbol("scale", positive=True), ()) * seq.env["q"]), key, value, b, m.g, prior,
+        seq.state[s.mean], seq.state[precision.name], spread=spread, before=s.before, bonus=bonus, variance=variance,
+    )  # fmt: skip
+    return m.pick(o), m.pick(var) if variance else None, {s.mean: last, precision.name: excess}
+
+
+def _solve(seq: Sequence, variance: bool):
+    s, m, t = seq.structure, _Micro(seq), seq.recurrence.triple
+    (precision,) = s.autonomous
+    pairs = [_bare(x) for x in s.steps]
+    keys = [k for k, _ in pairs]
+    gains = [sp.simplify(d / (k * at_index(k, j, l))) for d, k in zip(_drives(seq, precision.name), keys, strict=True)]
+    lay = lambda exprs, dims: m.lay([seq.full(x, dims) for x in exprs])  # noqa: E731
+    prior = seq.value(prior_precision(t), (j,)) if t.prior.adaptive is None else None
+    if prior is not None:
+        prior = prior.expand(seq.shape[2], seq.shape[3])
+    scale = seq.env["scale"]
+    o, var, last, excess = chunked.solve(
+        m.repeat(seq.env["q"]), lay(keys, (j,)), lay([v for _, v in pairs], (i,)), lay(gains, ()), m.g, prior,
+        seq.state[s.mean], seq.state[precision.name], before=s.before, variance=variance,
+        ridge=seq.env.get("ridge"), mix=None if "mix" not in seq.env else m.repeat(seq.env["mix"]),
+    )  # fmt: skip
+    return scale * m.pick(o), scale**2 * m.pick(var) if variance else None, {s.mean: last, precision.name: excess}
+
+
+__all__ = ["GATE_DIMS", "Sequence", "run"]
