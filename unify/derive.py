@@ -176,34 +176,31 @@ class _Derivation:
         self.stage, self.phase = stage, "observe"
         suffix = "new" if n == len(self.energy.stages) - 1 else str(n + 1)
         energy = self.energy.losses[n] + self.energy.between
+        held, mean_p, best = self.lam, self.now[self.mean], self.lam
         lam_new = self._stationary_precision(energy)
-        projected = self._project(lam_new)
-        mean_p, lam_p = self.now[self.mean], self.lam
-        if stage.curvature == "full" or not self.moving:  # the mean needs the precision before it is projected
-            exact = self._in_state(self._diagonal(lam_new)) if not self.energy.carried_full else None
-            lam_mean = (lambda x, *rest: at_index(exact, j, x)) if exact is not None else None
-        if self.moving and stage.curvature != "none":
-            phase = "project" if self.triple.posterior.projection != "keep" else "observe"
-            update = (phase, self.excess, suffix, self._in_state(projected))
-        else:
-            update = None
-        if update and phase == "observe":
-            self._update(*update)
-            self.lam = lam_mean = self._precision_now()
-        elif self.moving and stage.curvature == "none":
-            lam_mean = lam_p
+        keep = self.triple.posterior.projection == "keep"
+        if not self.moving:
+            inline = self._in_state(self._diagonal(lam_new))
+            best = lambda x, *rest: at_index(inline, j, x)  # noqa: E731
+        elif keep and stage.curvature != "none":
+            self._update("observe", self.excess, suffix, self._in_state(lam_new))
+            self.lam = best = self._precision_now()
         slope = derivative(energy, array("m", (a, i)))
-        if self.natural:
-            expr = self._natural_mean(self._anchored(slope), "m_p", mean_p)
-        else:
-            expr = self._step(slope, lam_new, mean_p)
-        expr = put(expr, Lambda_p=lam_p, Lambda_new=lam_mean, m_p=lambda x, y: array(mean_p, (x, y)), mu=lambda x, y: array(self.mean, (x, y)))
+        expr = self._natural_mean(self._anchored(slope), "m_p", mean_p) if self.natural else self._step(slope, lam_new)
+        expr = put(expr, Lambda_p=held, Lambda_new=best, m_p=lambda x, y: array(mean_p, (x, y)), mu=lambda x, y: array(self.mean, (x, y)))
         self._update("observe", self.mean, suffix, self._named(at_index(expr, a, j)))
-        if update and phase == "project":
-            self._update(*update)
-            self.lam = self._precision_now()
-        elif self.triple.posterior.projection == "reset":
-            self.lam = self._precision_now()
+        if not keep:
+            self._carry_on(lam_new, suffix)
+
+    def _carry_on(self, lam_new: sp.Expr, suffix: str) -> None:
+        """Project: keep the diagonal (weighed by the gain), or fall back to the prior."""
+        if self.moving:
+            diagonal = self._diagonal(lam_new)
+            if self.triple.posterior.gain:
+                held = array("Lambda_p", tuple(a if x == j else x for x in self.d))
+                diagonal = held + array("gain") * (diagonal - held)
+            self._update("project", self.excess, suffix, self._in_state(diagonal))
+        self.lam = self._precision_now()
 
     def read(self) -> None:
         """The posterior mean's read-out and its variance."""
@@ -293,7 +290,7 @@ class _Derivation:
         parts = name_of(next(iter(self.stage.key.atoms(sp.Indexed)))).split("_")
         return f"_{parts[1]}" if len(parts) > 1 and parts[1].isdigit() else ""
 
-    def _step(self, slope: sp.Expr, lam_new: sp.Expr, mean_p: str) -> sp.Expr:
+    def _step(self, slope: sp.Expr, lam_new: sp.Expr) -> sp.Expr:
         """Solve d F / d m = 0 for the mean, written as m~ plus a step; contractions of the unknown are solved for."""
         slope = self._innovation(self._anchored(slope))
         step = array("step", (a, i))
@@ -336,17 +333,6 @@ class _Derivation:
         now = put(residual, m_p=lambda x, y: array(self.now[self.mean], (x, y)), mu=lambda x, y: array(self.mean, (x, y)))
         self.emit("observe", name, (i,), now)
         return named
-
-    def _project(self, lam_new: sp.Expr) -> sp.Expr:
-        """What the projection keeps of the new precision, at [a] (or [a, c] when it is kept full)."""
-        p = self.triple.posterior
-        if p.projection != "diagonal":
-            return lam_new
-        diagonal = self._diagonal(lam_new)
-        if not p.gain:
-            return diagonal
-        held = array("Lambda_p", tuple(a if x == j else x for x in self.d))
-        return held + array("gain") * (diagonal - held)
 
     def _diagonal(self, lam: sp.Expr) -> sp.Expr:
         return sp.expand(lam.subs(c, a)) if self.energy.full else lam
