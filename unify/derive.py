@@ -16,7 +16,7 @@ import sympy as sp
 from .energy import GATE_DIMS, FreeEnergy, Stage, free_energy, precision_dims, prior_mean, prior_precision
 from .errors import UnifyError
 from .recurrence import Assign, Input, Recurrence, State
-from .symbols import a, array, arrays, at_index, c, collapse, contract, derivative, i, j, l, name_of, put, symbol
+from .symbols import a, array, arrays, at_index, c, collapse, contract, derivative, i, j, l, name_of, own_indices, put, symbol
 from .triple import Ridge, Squash, Triple
 
 
@@ -121,9 +121,9 @@ class _Derivation:
         auxiliary = derive(Triple(arch, replace(self.triple.posterior, curvature="key")))
         self._state("A", (j,), sp.S.Zero)
         self.emit("inputs", "alpha_importance", (), sp.exp(array("g_importance")))
-        names = {"Ibar": "A", "Ibar_p": "A_p", "Ibar_new": "A_new"}
+        names = {name: name.replace("Ibar", "A") for name in ["Ibar", *(s.name for s in auxiliary.steps)] if name.startswith("Ibar")}
         for step in auxiliary.steps:
-            if step.name.startswith("Ibar"):
+            if step.name in names:
                 expr = put(step.expr, alpha=array("alpha_importance"), **{x: (lambda *at, y=y: array(y, at)) for x, y in names.items()})
                 self.emit("predict", names[step.name], step.dims, expr)
                 self.now["A"] = names[step.name]
@@ -237,7 +237,7 @@ class _Derivation:
 
     def moments(self) -> tuple[sp.Expr, sp.Expr]:
         """Mean [j, i] and precision [j, ...] of the belief held now; the natural mean stands for the mean of a full one."""
-        precision = self._precision_now()
+        precision = self.lam
         if self.energy.carried_full:
             return array(self.now[self.mean], (j, i)), precision(j, l)
         held = array(self.now[self.mean], (j, i))
@@ -278,7 +278,8 @@ class _Derivation:
         """The slope with the anchor written out."""
         weight = self.triple.posterior.anchor_weight
         gate = (lambda x: sp.S.One) if weight == "one" else (lambda x: at_index(array("erase" + self._repeat(), GATE_DIMS[weight]), j, x))
-        kind = "predicted" if self.stage.curvature == "full" and not self.natural else self.stage.anchor
+        exact = self.stage.curvature == "full" and self.stage.importance == self.stage.beta  # the anchor drops out
+        kind = "predicted" if exact and not self.natural else self.stage.anchor
         where = {
             "prior": lambda x, y: at_index(prior_mean(self.triple), j, x),
             "predicted": lambda x, y: gate(x) * array("m_p", (x, y)),
@@ -406,7 +407,7 @@ def _signature(triple: Triple, steps: list[Assign], start: dict[str, State]) -> 
             continue  # a later observation's share of an argument already listed
         if name in made and triple.architecture.key == "complement":
             continue
-        out.append(Input(stem, tuple({a: j, c: l, l: j}.get(d, d) for d in dims), _given(stem, triple)))
+        out.append(Input(stem, own_indices(dims), _given(stem, triple)))
     order = ("q", "k", "v", "g")
     unique = {x.name: x for x in sorted(out, key=lambda x: (order.index(x.name) if x.name in order else 9, x.name))}
     return tuple(unique.values())

@@ -1,6 +1,6 @@
 """The index notation every stage shares: indices, arrays, contractions, and evaluation at concrete sizes.
 
-i runs over value channels (the rows of the memory), j and l over key channels. All expressions are written for one
+i, r, n run over value channels (the rows of the memory), j, l, a, c, h over key channels. All expressions are written for one
 token of one head.
 """
 
@@ -12,18 +12,12 @@ from functools import cache
 import sympy as sp
 from sympy import Indexed, KroneckerDelta, Sum
 
-i, j, l, a, c = (sp.Symbol(name, integer=True) for name in "i j l a c".split())  # noqa: E741
+i, r, n, j, l, a, c, h = (sp.Symbol(name, integer=True) for name in "i r n j l a c h".split())  # noqa: E741
 K, V = sp.Symbol("K", integer=True, positive=True), sp.Symbol("V", integer=True, positive=True)
-SIZE = {i: V, j: K, l: K, a: K, c: K}
+SIZE = {i: V, r: V, n: V, j: K, l: K, a: K, c: K, h: K}
 half = sp.Rational(1, 2)
 
 _POSITIVE = ("alpha", "prior_precision", "Lambda", "Sigma", "scale", "noise", "temperature", "ridge", "gain", "K", "V")
-_LATEX = {
-    "alpha": r"\alpha", "beta": r"\beta", "importance": "b", "prior_precision": r"\Lambda_0", "prior_mean": r"\mu_0", "noise": "w",
-    "Lambda": r"\Lambda", "Sigma": r"\Sigma", "Ibar": r"\bar I", "mu": r"\mu", "temperature": r"\tau", "bonus": "u",
-    "erase": r"\epsilon", "write": r"\omega", "mix": r"\gamma", "scale": r"\varsigma", "gain": r"\kappa", "ridge": r"\rho",
-    "g_importance": r"g^{I}", "variance": r"\operatorname{var}",
-}  # fmt: skip
 
 
 @cache
@@ -49,6 +43,12 @@ def arrays(expr: sp.Expr) -> set[sp.Expr]:
     labels = {x.base.label for x in indexed}
     plain = {s for s in expr.atoms(sp.Symbol) if s not in labels and s not in SIZE and s not in (K, V)}
     return indexed | plain
+
+
+def own_indices(where: tuple) -> tuple:
+    """The indices of a reference as the array's own spelling: (j,), (i,), (j, i), (j, l) or (j, l, i)."""
+    keys = [j, l]
+    return tuple(i if SIZE[x] == V else keys.pop(0) for x in where)
 
 
 def contract(expr: sp.Expr, index: sp.Symbol) -> sp.Expr:
@@ -91,8 +91,13 @@ def _collapse_term(term: sp.Expr, limit: tuple) -> sp.Expr:
         return outside * size
     if isinstance(inside, Sum) or inside.has(Sum):
         return outside * Sum(inside, limit)
-    bound = next(x for x in (l, c, j, a) if x == index or x not in inside.free_symbols)  # one spelling a contraction
+    bound = next(x for x in _spellings(index) if x == index or x not in inside.free_symbols)  # one spelling a contraction
     return outside * contract(_symmetric(inside.subs(index, bound)), bound)
+
+
+def _spellings(index: sp.Symbol) -> tuple[sp.Symbol, ...]:
+    """Names for a bound index over the same channels."""
+    return (l, c, j, a, h) if SIZE[index] == K else (i, r, n)
 
 
 _SYMMETRIC = ("Lambda", "Lambda_p", "Sigma", "P", "P_p", "P_new")
@@ -127,7 +132,7 @@ def at_index(expr: sp.Expr, old: sp.Symbol, new: sp.Symbol) -> sp.Expr:
     expr = sp.sympify(expr)
     bound = {limit[0] for s in expr.atoms(Sum) for limit in s.limits}
     if new in bound:
-        spare = next(x for x in (c, l, j, a) if x not in bound | {old, new})
+        spare = next(x for x in (c, l, j, a, h, n, r, i) if SIZE[x] == SIZE[new] and x not in bound | {old, new} | expr.free_symbols)
         expr = expr.replace(lambda e: isinstance(e, Sum), lambda s: Sum(s.function.subs(new, spare), *(limit.subs(new, spare) for limit in s.limits)))
     return expr.subs(old, new)
 
@@ -138,11 +143,12 @@ def concrete(expr: sp.Expr, env: Mapping, sizes: Mapping, at: Mapping | None = N
     if isinstance(expr, Sum):
         index, _, size = expr.limits[-1]
         inner = Sum(expr.function, *expr.limits[:-1]) if len(expr.limits) > 1 else expr.function
-        return sp.Add(*(concrete(inner, env, sizes, {**at, index: n}) for n in range(sizes[size])))
+        return sp.Add(*(concrete(inner, env, sizes, {**at, index: x}) for x in range(sizes[size])))
     if isinstance(expr, Indexed):
         return sp.sympify(env[name_of(expr)][tuple(at[x] for x in expr.indices)])
     if isinstance(expr, LogDet):
-        return sp.log(sp.Matrix(env[str(expr.args[0])]).det())
+        whole = env[str(expr.args[0])]
+        return sp.log(sp.Matrix(whole if whole.ndim == 2 else whole[..., at[i]]).det())
     if isinstance(expr, KroneckerDelta):
         return sp.Integer(at[expr.args[0]] == at[expr.args[1]])
     if isinstance(expr, sp.Symbol):
@@ -154,14 +160,6 @@ def concrete(expr: sp.Expr, env: Mapping, sizes: Mapping, at: Mapping | None = N
 
 def latex(expr: sp.Expr) -> str:
     """LaTeX with the symbols of the theory: a state X is X_{t-1}, X_p is predicted, X_new is X_t."""
-    names = {s: _latex_name(str(s)) for s in sp.sympify(expr).atoms(sp.Symbol)}
-    return sp.latex(expr, symbol_names=names)
+    from .notation import latex as write
 
-
-def _latex_name(name: str) -> str:
-    stem, _, suffix = name.partition("_")
-    if name in _LATEX:
-        return _LATEX[name]
-    stem = _LATEX.get(stem, stem)
-    marks = {"": stem, "p": rf"\tilde {{{stem}}}", "new": rf"{stem}^{{\prime}}"}
-    return marks.get(suffix, rf"{stem}^{{({suffix})}}")
+    return write(sp.sympify(expr))
