@@ -33,11 +33,11 @@ def equations(name, phase):
 def test_palimpsa_is_what_the_paper_says():
     assert equations("palimpsa", "predict") == ["Ibar_p[j, i] = alpha*Ibar[j, i]", "M_p[j, i] = alpha*M[j, i]"]
     assert equations("palimpsa", "observe") == ["Ibar_new[j, i] = Ibar_p[j, i] + importance[i]*k[j]**2", "M_new[j, i] = M_p[j, i] + k[j]*v[i]"]
-    assert equations("palimpsa", "read")[0] == "o[i] = scale*sum_j(M_new[j, i]*q[j]/(prior_precision + Ibar_new[j, i]))"
+    assert equations("palimpsa", "read")[0] == "o[i] = scale*sum_j(q[j]*M_new[j, i]/(prior_precision + Ibar_new[j, i]))"
 
 
 def test_longhorn_closed_form_comes_out_of_the_contraction():
-    assert equations("longhorn", "observe") == ["e[i] = v[i] - sum_l(S[l, i]*k[l])", "c1 = sum_l(k[l]**2)", "S_new[j, i] = beta*e[i]*k[j]/(beta*c1 + 1) + S[j, i]"]
+    assert equations("longhorn", "observe") == ["e[i] = v[i] - sum_l(k[l]*S[l, i])", "c1 = sum_l(k[l]**2)", "S_new[j, i] = S[j, i] + beta*k[j]*e[i]/(1 + beta*c1)"]
 
 
 def test_mean_field_and_palimpsa_stay_two_posteriors():

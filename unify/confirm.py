@@ -17,7 +17,7 @@ import sympy as sp
 from .derive import derive
 from .energy import FreeEnergy, free_energy, precision_dims
 from .errors import UnifyError
-from .recurrence import Recurrence
+from .recurrence import Input, Recurrence, State
 from .symbols import SIZE, K, V, array, concrete, i, j, l, put
 from .triple import Triple
 
@@ -60,7 +60,7 @@ def random_values(recurrence: Recurrence, size: tuple[int, int], rng: random.Ran
     values = {}
     for x in [*recurrence.inputs, *recurrence.states]:
         shape = [of[SIZE[d]] for d in x.dims]
-        for name in _shares(x.name, recurrence):
+        for name in _shares(x, recurrence):
             values[name] = _draw(name, shape, rng)
     for step in recurrence.steps:
         if step.name in ("alpha", "alpha_importance") or (step.name == "k" and recurrence.triple.architecture.key == "tempered") or step.name == "prior_precision":
@@ -69,10 +69,10 @@ def random_values(recurrence: Recurrence, size: tuple[int, int], rng: random.Ran
     return values
 
 
-def _shares(name: str, recurrence: Recurrence) -> list[str]:
-    """An argument's names in the program: one for each repeated observation."""
-    repeats = recurrence.triple.architecture.repeats
-    return [name, *(f"{name}_{n}" for n in range(2, repeats + 1))]
+def _shares(x: Input | State, recurrence: Recurrence) -> list[str]:
+    """A name in the program, or one for each repeated observation."""
+    repeats = recurrence.triple.architecture.repeats if isinstance(x, Input) and x.per == "observation" else 1
+    return [x.name, *(f"{x.name}_{n}" for n in range(2, repeats + 1))]
 
 
 def _draw(name: str, shape: list[int], rng: random.Random):

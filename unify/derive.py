@@ -16,7 +16,7 @@ import sympy as sp
 from .energy import GATE_DIMS, FreeEnergy, Stage, free_energy, precision_dims, prior_mean, prior_precision
 from .errors import UnifyError
 from .recurrence import Assign, Input, Recurrence, State
-from .symbols import a, array, arrays, at_index, c, collapse, contract, derivative, i, j, l, name_of, own_indices, put, symbol
+from .symbols import LogDet, a, array, arrays, at_index, c, collapse, contract, derivative, i, j, l, name_of, own_indices, put, symbol
 from .triple import Ridge, Squash, Triple
 
 
@@ -253,7 +253,7 @@ class _Derivation:
 
     def _stationary_precision(self, energy: sp.Expr) -> sp.Expr:
         """Solve d energy / d Sigma = 0 for the precision: [a], or [a, c] when full."""
-        if self.energy.full:
+        if energy.has(LogDet):  # over full Gaussians
             rest = tuple(x for x in precision_dims(self.triple, True) if x == i)
             unknown = array("Lambda_new", (a, c, *rest))
             slope = derivative(energy, array("Sigma", (a, c, *rest)))

@@ -8,11 +8,11 @@ replaced by its second-order expansion at the anchor s*.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy as sp
 
-from .symbols import K, LogDet, a, array, at_index, c, collapse, contract, derivative, half, i, j, l, latex, symbol
+from .symbols import K, LogDet, a, array, at_index, c, collapse, contract, derivative, half, i, j, l, symbol
 from .triple import Observation, Triple
 
 GATE_DIMS = {"none": (), "one": (), "fixed": (), "head": (), "key": (j,), "value": (i,), "entry": (j, i)}
@@ -79,7 +79,12 @@ class FreeEnergy:
 
     def total(self, n: int = 0) -> sp.Expr:
         """F of the n-th observation: the first forgets, a later one starts from where the one before arrived."""
-        return self.losses[n] + (self.forget if n == 0 else self.between)
+        return self.losses[n] + (self.forget if n == 0 and not self.apart else self.between)
+
+    @property
+    def apart(self) -> bool:
+        """Whether forgetting is a minimum of its own, over factorised Gaussians: a full one has no KL per channel."""
+        return self.full and self.triple.prior.dynamics == "power" and GATE_DIMS[self.triple.architecture.forgetting] != ()
 
     @property
     def between(self) -> sp.Expr:
@@ -87,15 +92,21 @@ class FreeEnergy:
         return divergence("m_p", "Lambda_p", self)
 
     def __str__(self):
-        from .recurrence import show
+        from .notation import energy_parts, plain
 
-        lines = [f"F_t = {show(self.losses[0])}\n    + {show(self.forget)}"]
-        lines += [f"F_t,{n + 1} = {show(x)}\n    + {show(self.between)}" for n, x in enumerate(self.losses) if n]
-        return "\n".join(lines)
+        rows = [[plain(x) for _, x in energy_parts(self, n)] for n in range(len(self.losses))]
+        return "\n".join(f"F_t{f',{n + 1}' if n else ''} = " + "\n    + ".join(parts) for n, parts in enumerate(rows))
 
     def latex(self) -> str:
-        """F_t in LaTeX, one line an observation."""
-        return r" \\ ".join(rf"F_{{t,{n + 1}}} &= {latex(self.total(n))}" for n in range(len(self.losses)))
+        """F_t as an aligned LaTeX block, one term a line, the anchor put in; one F_t for each observation."""
+        from .notation import energy_parts, latex, static_names
+
+        static, many = static_names(self.triple), len(self.losses) > 1
+        rows = []
+        for n in range(len(self.losses)):
+            first, *rest = (latex(x, static) for _, x in energy_parts(self, n))
+            rows += [f"F_{{t{f',{n + 1}' if many else ''}}} &= {first}", *(rf"&\quad + {x}" for x in rest)]
+        return "\\begin{aligned}\n" + " \\\\\n".join(rows) + "\n\\end{aligned}"
 
 
 def divergence(mean: str, precision: str, energy, weight: sp.Expr = sp.S.One, prior: bool = False) -> sp.Expr:
@@ -164,9 +175,10 @@ def free_energy(triple: Triple) -> FreeEnergy:
     if triple.prior.dynamics == "diffusion":
         forget = divergence("m_p", "Lambda_p", shell)
     else:
-        forget = divergence("mu", "Lambda", shell, alpha)
+        family = replace(shell, full=False) if shell.apart else shell
+        forget = divergence("mu", "Lambda", family, alpha)
         if alpha != 1:
-            forget += divergence("mu", "Lambda", shell, 1 - alpha, prior=True)
+            forget += divergence("mu", "Lambda", family, 1 - alpha, prior=True)
     return FreeEnergy(triple, stages, full, shell.carried_full, forget, losses)
 
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import sympy as sp
 
-from .symbols import SIZE, K, V, arrays, concrete, latex, name_of
+from .symbols import SIZE, K, V, array, arrays, concrete, j, l, name_of
 from .triple import Triple
 
+_KEYS = (j, l)
 PHASES = ("inputs", "predict", "observe", "project", "read")
 
 
@@ -63,14 +64,20 @@ class Assign:
             return f"{target} = solve({show(self.solve)}, {show(self.expr)})"
         return f"{target} = {show(self.expr)}"
 
-    def latex(self) -> str:
-        """The assignment as LaTeX."""
-        from .symbols import array
+    def pretty(self) -> tuple[str, str]:
+        """Both sides in Unicode."""
+        from .notation import grouped, pretty, solved
 
-        right = latex(self.expr)
-        if self.solve is not None:
-            right = rf"\left[{latex(self.solve)}\right]^{{-1}} {right}"
-        return f"{latex(array(self.name, self.dims))} = {right}"
+        right = pretty(grouped(self.expr)) if self.solve is None else solved(self.solve, self.expr, pretty)
+        return pretty(array(self.name, tuple(d for d in self.dims if self.solve is None or d not in _KEYS))), right
+
+    def latex(self, static: frozenset[str] | None = None) -> str:
+        """The assignment as LaTeX. static: names that carry no t (`notation.static_names`)."""
+        from .notation import Latex, grouped, solved
+
+        write = Latex() if static is None else Latex(static)
+        right = write(grouped(self.expr)) if self.solve is None else solved(self.solve, self.expr, write)
+        return f"{write(array(self.name, tuple(d for d in self.dims if self.solve is None or d not in _KEYS)))} = {right}"
 
 
 @dataclass(frozen=True)
@@ -105,7 +112,10 @@ class Recurrence:
 
     def latex(self) -> str:
         """The program as an aligned LaTeX block, in the order of execution."""
-        rows = [s.latex().replace(" = ", " &= ", 1) for p in PHASES for s in self.phase(p)]
+        from .notation import static_names
+
+        static = static_names(self.triple)
+        rows = [s.latex(static).replace(" = ", " &= ", 1) for p in PHASES for s in self.phase(p)]
         return "\\begin{aligned}\n" + " \\\\\n".join(rows) + "\n\\end{aligned}"
 
     def run(self, values: Mapping, sizes: tuple[int, int]) -> dict:
@@ -172,11 +182,10 @@ def _count(expr: sp.Expr, dims: set) -> sp.Expr:
 
 
 def show(expr: sp.Expr) -> str:
-    """Plain text of an index expression: sum_j (...) for a contraction."""
-    printer = sp.printing.str.StrPrinter()
-    printer._print_Sum = lambda s: f"sum_{s.limits[0][0]}({printer.doprint(s.function)})"
-    printer._print_KroneckerDelta = lambda d: f"delta[{d.args[0]}, {d.args[1]}]"
-    return printer.doprint(expr)
+    """Plain text of an index expression, in the program's own names: sum_j(...) for a contraction."""
+    from .notation import plain
+
+    return plain(expr)
 
 
 def names(expr: sp.Expr) -> set[str]:

@@ -151,6 +151,8 @@ def _steps(recurrence: Recurrence, mean: str, tainted: set[str]) -> tuple[tuple[
     if len(trail) == 1:  # nothing but forgetting happens
         trail.append(dict(recurrence.updates)[mean])
     shift = prior_mean(recurrence.triple) if mean == "S" else sp.S.Zero
+    if shift != 0:  # a shift cancels only where the predicted precision is written out
+        tainted = tainted | {x.name for x in recurrence.phase("predict")}
     steps, kind = [], "scalar"
     for before, after in zip(trail, trail[1:], strict=False):
         expr = inline(array(after, (j, i)), recurrence, {before, *trail[: trail.index(after)]}, tainted)

@@ -70,13 +70,18 @@ class LogDet(sp.Function):
 
 def collapse(expr: sp.Expr) -> sp.Expr:
     """Expand, resolve Kronecker deltas under sums and pull what does not depend on the index out of them."""
-    return _symmetric(sp.expand(sp.sympify(expr).replace(lambda e: isinstance(e, Sum), _collapse_sum)))
+    return _symmetric(_expand(sp.sympify(expr).replace(lambda e: isinstance(e, Sum), _collapse_sum)))
+
+
+def _expand(expr: sp.Expr) -> sp.Expr:
+    """Multiply products out, but leave powers of sums (denominators) as they are."""
+    return sp.expand(expr, multinomial=False)
 
 
 def _collapse_sum(total: Sum) -> sp.Expr:
     inner = total.function
     for limit in total.limits:  # innermost first; sympy keeps nested sums as one Sum with several limits
-        inner = sp.Add(*(_collapse_term(t, limit) for t in sp.Add.make_args(sp.expand(inner))))
+        inner = sp.Add(*(_collapse_term(t, limit) for t in sp.Add.make_args(_expand(inner))))
     return inner
 
 

@@ -104,6 +104,8 @@ class Architecture:
             )
         if self.bonus and self.read != "before":
             raise UnifyError("bonus with read='after'", "architecture: after the update the token is already in the memory", "use read='before'")
+        if self.key != "free" and self.repeats > 1:
+            raise UnifyError(f"key={self.key!r} with repeats={self.repeats}", "architecture: one decay makes one key a token", "use repeats=1, or key='free'")
         if self.key != "free" and self.forgetting != "key":
             raise UnifyError(
                 f"key={self.key!r} with forgetting={self.forgetting!r}",
@@ -375,6 +377,10 @@ def _check_adaptive(a: Architecture, p: Posterior, prior: Prior) -> None:
     curvatures = set(_per_stage(p.curvature, a))
     if isinstance(prior.adaptive, Ridge) and not (curvatures == {"full"} and p.projection == "keep"):
         raise UnifyError("adaptive=Ridge()", "prior: a ridge is measured on a full, kept precision", "use curvature='full' with projection='keep'")
+    if isinstance(prior.adaptive, Ridge) and (a.precision if a.importance == "tied" else a.importance) == "value":
+        raise UnifyError("adaptive=Ridge() with importance per value channel", "prior: one ridge per head cannot serve value channels with precisions of their own", "use an importance (or precision) per head")
+    if isinstance(prior.adaptive, Ridge) and a.read == "before":
+        raise UnifyError("adaptive=Ridge() with read='before'", "prior: before the first token there is nothing to measure a ridge on", "use read='after'")
     if isinstance(prior.adaptive, Ridge) and prior.mean != "zero":
         raise UnifyError("adaptive=Ridge() with a prior mean", "prior: the ridge moves, so a mean held by it would move too", "use mean='zero'")
     if isinstance(prior.adaptive, Squash) and not (curvatures == {"none"} and a.importance == "head"):

@@ -11,6 +11,7 @@ changes nothing).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +56,28 @@ def _next(x: Tensor) -> Tensor:
 def _after(first: Tensor, x: Tensor) -> Tensor:
     """Undo `_next` on a result: `first` [B, H, V] for token 0, then the rest one token later."""
     return torch.cat((first[:, None], x[:, :-1]), 1)
+
+
+# Numbers of one tensor handled at a time (measured): large enough for a vector operation to be worth its call, small
+# enough that temporaries stay in cache and are reused. A fresh page of memory costs more than the arithmetic done in it.
+_SLAB = 1 << 17
+
+
+def _sweep(body: Callable, C: int, state, *xs: Tensor):
+    """`body(state, *some chunks of xs) -> (results, state)` along the sequence; results joined, and the last state."""
+    B, _, H = xs[0].shape[:3]
+    size = B * H * C * max(x.shape[-1] for x in xs)
+    out = []
+    for part in zip(*(x.split(C * max(1, _SLAB // size), 1) for x in xs), strict=True):
+        results, state = body(state, *part)
+        out.append(results)
+    return tuple(torch.cat(x, 1) for x in zip(*out, strict=True)), state
+
+
+def _few(R: int, size: int) -> list[slice]:
+    """Slices of R rows of `size` numbers each."""
+    n = max(1, _SLAB // size)
+    return [slice(i, min(i + n, R)) for i in range(0, R, n)]
 
 
 # ---- decayed sums ----------------------------------------------------------------------------------------------------
@@ -223,19 +246,13 @@ class _ChannelScores(torch.autograd.Function):
         return d_rows, d_cols, dg
 
 
-def _few(R: int, size: int, target: int = 1 << 18) -> list[slice]:
-    """Slices of R rows of `size` numbers each, about `target` numbers a slice: small enough for the cache."""
-    n = max(1, target // size)
-    return [slice(i, i + n) for i in range(0, R, n)]
-
-
 def _scores(rows: Tensor, cols: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A[p, t, q, s] = sum_j rows[p, t, j] exp(sum_{s < i <= t} g[i, j]) cols[q, s, j] for s <= t, and 0 above.
 
     rows: [N, R, P, C, K]; cols: [N, R, Q, C, K]; g: [N, R, C, 1 or K]
     Returns A [N, R, P, C, Q, C], the rows decayed from the chunk's start and the columns decayed to its end.
     """
-    if g.shape[-1] > 1 or rows.shape[-1] == 1:
+    if g.shape[-1] > 1:
         out = _ChannelScores.apply(rows.flatten(0, 1), cols.flatten(0, 1), g.flatten(0, 1))
         return tuple(x.unflatten(0, rows.shape[:2]) for x in out)
     P, Q, C = rows.shape[2], cols.shape[2], g.shape[-2]
@@ -260,10 +277,360 @@ def linear(
     if before:
         o, last = linear(_next(q), k, v, g, s0, chunk=chunk)
         return _after(torch.einsum("bhk,bhkv->bhv", q[:, 0], s0), o), last
+    C = _fit(chunk, q.shape[1])
+    (o,), last = _sweep(partial(_linear, C), C, s0, q, k, v, _wide(g))
+    return o, last
+
+
+def _linear(C: int, s0: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor):
     B, T, H, K = q.shape
-    C = _fit(chunk, T)
-    q, k, v, g = (_split(x, C) for x in (q, k, v, _wide(g)))
+    q, k, v, g = (_split(x, C) for x in (q, k, v, g))
     A, q_in, k_out = _scores(q[:, :, None], k[:, :, None], g)
     starts, last = _boundaries(k_out[:, :, 0], v, g.sum(-2), s0.flatten(0, 1))
     o = A[:, :, 0, :, 0] @ v + q_in[:, :, 0] @ starts
-    return _merge(o, B, T), last.unflatten(0, (B, H))
+    return (_merge(o, B, T),), last.unflatten(0, (B, H))
+
+
+# ---- linear state, rank-one transition -------------------------------------------------------------------------------
+
+
+def rank_one(
+    q: Tensor, r: Tensor, w: Tensor, k: Tensor, v: Tensor, g: Tensor, s0: Tensor, *, before: bool = False, chunk: int = 64
+) -> tuple[Tensor, Tensor]:
+    """S_t = Diag(exp g_t) S_{t-1} - w_t (r_t^T S_{t-1}) + k_t v_t^T ;  o_t = S_t^T q_t, or S_{t-1}^T q_t when `before`.
+
+    r reads the state *before* it decays (the delta rule: r = exp(g) k, w = k = beta k, v). With y_t = S_{t-1}^T r_t and
+    S0 the state at a chunk's start, unrolling the recurrence inside y_t gives a unit lower triangular system (WY form),
+        (I + A_rw) Y = R S0 + A_rk V,   A_rw[t, s] = sum_j r_tj exp(sum_{s<i<t} g_ij) w_sj for s < t,
+    solved for all chunks at once; only u = -Y and the state walk from chunk to chunk.
+    If `w is k` (one tensor, passed twice) then v - y is the unknown, and half of the scores are not needed.
+
+    q, r, w, k: [B, T, H, K] (q scaled already); v: [B, T, H, V]; g: [B, T, H] or [B, T, H, K], log decay <= 0
+    s0: [B, H, K, V]. Returns o [B, T, H, V] and S_T [B, H, K, V]. chunk: rounded up to a power of two.
+    Cost: about twice `linear` with w is k, three times otherwise, and T C H (K + V) for the triangular solve.
+    """
+    if before:
+        o, last = rank_one(_next(q), r, w, k, v, g, s0, chunk=chunk)
+        return _after(torch.einsum("bhk,bhkv->bhv", q[:, 0], s0), o), last
+    C = _fit(chunk, q.shape[1])
+    writes = (w, v) if w is k else (w, v, k)
+    (o,), last = _sweep(partial(_rank_one, C), C, s0, q, r, _wide(g), *writes)
+    return o, last
+
+
+def _rank_one(C: int, s0: Tensor, q: Tensor, r: Tensor, g: Tensor, w: Tensor, v: Tensor, k: Tensor | None = None):
+    B, T, H, K = q.shape
+    q, r, g, w, v = (_split(x, C) for x in (q, r, g, w, v))
+    cols = w[:, :, None] if k is None else torch.stack((w, _split(k, C)), 2)
+    # A read before token t + 1 decays is a read after token t: shift r up, score it like q, shift the result down.
+    ahead = torch.cat((r[..., 1:, :], torch.zeros_like(r[..., :1, :])), -2)
+    A, inside, outside = _scores(torch.stack((q, ahead), 2), cols, g)
+    A_r = F.pad(A[:, :, 1, :-1], (0, 0, 0, 0, 1, 0))
+    r_in = torch.cat((r[..., :1, :], inside[:, :, 1, :-1]), -2)
+    z = v if k is None else -A_r[..., 1, :] @ v
+    x, z = torch.linalg.solve_triangular(A_r[..., 0, :], torch.cat((r_in, z), -1), upper=False, unitriangular=True).split(
+        (K, v.shape[-1]), -1
+    )
+    added = None if k is None else outside[:, :, 1].mT @ v
+    starts, u, last = _walk(x, z, outside[:, :, 0], added, g.sum(-2).exp()[..., None], s0.flatten(0, 1))
+    o = inside[:, :, 0] @ starts + A[:, :, 0, :, 0] @ u
+    if k is not None:
+        o = o + A[:, :, 0, :, 1] @ v
+    return (_merge(o, B, T),), last.unflatten(0, (B, H))
+
+
+def _walk(x: Tensor, z: Tensor, w: Tensor, added: Tensor | None, decay: Tensor, S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Chunk after chunk, u = z - x S and S <- decay S + w^T u + added: states at the starts, all u, the last state."""
+    starts, us = [], []
+    for n in range(len(x)):
+        u = torch.baddbmm(z[n], x[n], S, alpha=-1)
+        starts.append(S)
+        us.append(u)
+        kept = decay[n] * S if added is None else torch.addcmul(added[n], decay[n], S)
+        S = torch.baddbmm(kept, w[n].mT, u)
+    return torch.stack(starts), torch.stack(us), S
+
+
+# ---- linear state, elementwise read ----------------------------------------------------------------------------------
+
+
+def elementwise(
+    q: Tensor, k: Tensor, v: Tensor, b: Tensor, g: Tensor, prior: Tensor, M0: Tensor, I0: Tensor, *,
+    spread: Tensor | None = None, before: bool = False, bonus: Tensor | None = None, variance: bool = False, chunk: int = 64,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:  # fmt: skip
+    """M_t = a_t M_{t-1} + k_t v_t^T and I_t = a_t I_{t-1} + k_t^2 b_t^T (a = exp g), read by a division per element:
+
+        o_t = sum_j q_tj M_tji / (prior_ji + I_tji),   var_t = sum_j q_tj^2 / (prior_ji + I_tji).
+    `before`: both read at t - 1, with bonus_j k_tj v_ti added to M_{t-1}. Both states are linear, so they are known at
+    every chunk's start by matrix products; then all chunks advance together, one token at a time.
+
+    q, k: [B, T, H, K] (q scaled already); v, b: [B, T, H, V]; g: [B, T, H] or [B, T, H, K], log decay <= 0
+    prior: [H, 1, 1], [H, K, 1] or [H, K, V], > 0; M0, I0: [B, H, K, V], I without the prior; bonus: [H, K]
+    spread: [B, T, H, K], what takes the place of k^2
+    Returns o, var [B, T, H, V] (None unless `variance`), M_T, I_T [B, H, K, V]. Cost: T H K V divisions, 4 multiply-adds
+    each. Nothing of size T K V is kept for the gradient: only the states at the chunks' starts.
+    """
+    C, H = _fit(chunk, q.shape[1]), q.shape[2]
+    spread = k * k if spread is None else spread
+    weights = [q * q] if variance else []
+    if before:
+        first = _elementwise_read(q[:, :1], k[:, :1], v[:, :1], prior, M0, I0, bonus, variance)
+        q, weights = _next(q), [_next(x) for x in weights]
+        if bonus is not None:
+            weights.append(q * bonus * _next(k))
+    prior = prior.expand(H, *M0.shape[2:]).contiguous()
+    w = torch.stack(weights, 3).flatten(3) if weights else q[..., :0]
+    (o, z), (MT, IT) = _sweep(partial(_elementwise, C, prior), C, (M0, I0), q, k, v, b, _wide(g), spread, w)
+    z = z.unflatten(-1, (len(weights), v.shape[-1])) if weights else z
+    if before:
+        if bonus is not None:
+            o = o + z[:, :, :, -1] * _next(v)
+        o = _after(first[0], o)
+        return o, _after(first[1], z[:, :, :, 0]) if variance else None, MT, IT
+    return o, z[:, :, :, 0] if variance else None, MT, IT
+
+
+def _elementwise_read(q, k, v, prior, M0, I0, bonus, variance):
+    """Token 0 read before anything is written: o and var [B, H, V]."""
+    R = 1 / (prior + I0)
+    M = M0 if bonus is None else M0 + (bonus * k[:, 0])[..., None] * v[:, 0, :, None]
+    o = torch.einsum("bhk,bhkv->bhv", q[:, 0], M * R)
+    return o, torch.einsum("bhk,bhkv->bhv", q[:, 0] ** 2, R) if variance else None
+
+
+def _elementwise(C: int, prior: Tensor, states: tuple[Tensor, Tensor], q, k, v, b, g, spread, w):
+    B, T, H, K = q.shape
+    q, k, v, b, g, spread, w = (_split(x, C) for x in (q, k, v, b, g, spread, w))
+    to_end, total = _to_end(g), g.sum(-2)
+    M, MT = _boundaries(k * to_end, v, total, states[0].flatten(0, 1))
+    I, IT = _boundaries(spread * to_end, b, total, states[1].flatten(0, 1))
+    rows = [x.unflatten(1, (B, H)).flatten(0, 1) for x in (q, w, k, v, spread, b, g, M, I)]
+    o, z = _Quotient.apply(*rows, prior)
+    back = lambda x: _merge(x.unflatten(0, (-1, B)).flatten(1, 2), B, T)  # noqa: E731
+    return (back(o), back(z)), (MT.unflatten(0, (B, H)), IT.unflatten(0, (B, H)))
+
+
+def _advance(k, v, s, b, g, p, M, J) -> Iterator[int]:
+    """Walk M and J = prior + I, in place, through the tokens of k ... g [R, H, C, ...]; yields after each token."""
+    keep, lost = g.exp(), -g.expm1()
+    for t in range(g.shape[2]):
+        M.mul_(keep[:, :, t, :, None]).addcmul_(k[:, :, t, :, None], v[:, :, t, None])
+        J.lerp_(p, lost[:, :, t, :, None]).addcmul_(s[:, :, t, :, None], b[:, :, t, None])
+        yield t
+
+
+class _Quotient(torch.autograd.Function):
+    """o_t = sum_j q_tj M_tji / J_tji and z_t = sum_j w_tj / J_tji inside chunks, from the states M, I at their starts.
+
+    Rows are chunks (of all batches): q ... g [R, H, C, ...], w [R, H, C, n K] for n sums z, M and I [R, H, K, V].
+    """
+
+    @staticmethod
+    def forward(ctx, q, w, k, v, s, b, g, M0, I0, prior):
+        R, H, C, K = q.shape
+        n, V = w.shape[-1] // K, v.shape[-1]
+        o, z = torch.empty_like(v), v.new_empty(R, H, C, n, V)
+        w_ = w.unflatten(-1, (n, K)) if n else w
+        for i in _blocks(R, H, K * V):
+            M, p = M0[i].clone(), prior[i[1]]
+            J, ratio = p + I0[i], torch.empty_like(M)
+            qi, oi, wi, zi = q[i], o[i], w_[i], z[i]
+            for t in _advance(k[i], v[i], s[i], b[i], g[i], p, M, J):
+                if n:
+                    torch.reciprocal(J, out=ratio)
+                    zi[:, :, t] = wi[:, :, t] @ ratio
+                    ratio.mul_(M)
+                else:
+                    torch.div(M, J, out=ratio)
+                oi[:, :, t] = (qi[:, :, t, None] @ ratio)[:, :, 0]
+        ctx.save_for_backward(q, w, k, v, s, b, g, M0, I0, prior)
+        return o, z.flatten(3)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do, dz):
+        q, w, k, v, s, b, g, M0, I0, prior = ctx.saved_tensors
+        R, H, C, K = q.shape
+        n, V = w.shape[-1] // K, v.shape[-1]
+        dq, dw, dk, dv, ds, db, dM, dI = (torch.empty_like(x) for x in (q, w, k, v, s, b, M0, I0))
+        net, d_prior = torch.empty_like(q), torch.zeros_like(prior)
+        for i in _blocks(R, H, K * V):
+            ins = [x[i] for x in (q, w, k, v, s, b, g, M0, I0)]
+            outs = [x[i] for x in (dq, dw, dk, dv, ds, db, net, dM, dI)]
+            _quotient_adjoint(ins, outs, do[i], dz[i], prior[i[1]], d_prior[i[1]], n)
+        # g_t decays all that is read at or after t, but for what is only written then: no state is needed (theory 6a).
+        net = net if g.shape[-1] == K else net.sum(-1, keepdim=True)
+        return dq, dw, dk, dv, ds, db, net.flip(2).cumsum(2).flip(2), dM, dI, d_prior
+
+
+def _blocks(R: int, H: int, size: int) -> list[tuple[slice, slice]]:
+    """Slices of (rows, heads) with about a slab's numbers in the states."""
+    heads = _few(H, size)
+    return [(r, h) for h in heads for r in _few(R, size * (h.stop - h.start))]
+
+
+def _quotient_adjoint(ins, outs, do, dz, p, d_prior, n, span: int = 8):
+    """Gradients of one block: states every `span` tokens first, then the spans backwards, their states recomputed.
+
+    With R = 1 / J and mu = M R, the local terms are gM = do q R and gI = - (gM mu + sum_n dz w R^2); the adjoints of M
+    and I are their sums backwards in time, D_t = g_t + a_{t+1} D_{t+1}. No state is recovered by division.
+    """
+    q, w, k, v, s, b, g, M0, I0 = ins
+    dq, dw, dk, dv, ds, db, net, dM, dI = outs
+    C = g.shape[2]
+    M, J, starts = M0.clone(), p + I0, []
+    for t in range(0, C, span):
+        starts.append((M.clone(), J.clone()))
+        for _ in _advance(*(x[:, :, t : t + span] for x in (k, v, s, b, g)), p, M, J):
+            pass
+    keep = g.exp()[..., None]
+    dM.zero_()
+    dI.zero_()
+    for t0 in reversed(range(0, C, span)):
+        M, J = starts.pop()
+        history = [(M.clone(), J.clone()) for _ in _advance(*(x[:, :, t0 : t0 + span] for x in (k, v, s, b, g)), p, M, J)]
+        for t in reversed(range(t0, t0 + len(history))):
+            M, J = history.pop()
+            at = [x[:, :, t] for x in (q, w, k, v, s, b, do, dz)]
+            to = [x[:, :, t] for x in (dq, dw, dk, dv, ds, db, net)]
+            _quotient_token(at, to, M, J, p, dM, dI, d_prior, n)
+            dM.mul_(keep[:, :, t])
+            dI.mul_(keep[:, :, t])
+
+
+def _quotient_token(at, to, M, J, p, DM, DI, d_prior, n):
+    """One token of `_quotient_adjoint`; M and J are used up."""
+    q, w, k, v, s, b, do, dz = at
+    dq, dw, dk, dv, ds, db, net = to
+    R = J.reciprocal_()
+    mu = M.mul_(R)
+    flow = mu.mul_(do[:, :, None])
+    torch.sum(flow, -1, out=dq)
+    gI = flow.mul_(R).mul_(-q[..., None])
+    DM.addcmul_(q[..., None], R * do[:, :, None])
+    if n:
+        w, dz = w.unflatten(-1, (n, -1)), dz.unflatten(-1, (n, -1))
+        dw_ = dz @ R.mT
+        dw.copy_(dw_.flatten(2))
+        gI.addcmul_(w.mT @ dz, R.square_(), value=-1)
+    DI.add_(gI)
+    d_prior.add_(gI.sum(0))
+    torch.sum(DM * v[:, :, None], -1, out=dk)
+    torch.sum(DI * b[:, :, None], -1, out=ds)
+    dv.copy_((k[:, :, None] @ DM)[:, :, 0])
+    db.copy_((s[:, :, None] @ DI)[:, :, 0])
+    torch.sum(gI.mul_(p), -1, out=net).neg_()
+    net.addcmul_(k, dk, value=-1).addcmul_(s, ds, value=-1)
+    if n:
+        net.sub_((w * dw_).sum(2))
+
+
+# ---- a linear solve at the read --------------------------------------------------------------------------------------
+
+
+def solve(
+    q: Tensor, k: Tensor, v: Tensor, b: Tensor, g: Tensor, prior: Tensor | None, M0: Tensor, P0: Tensor, *,
+    before: bool = False, variance: bool = False, ridge: Tensor | None = None, mix: Tensor | None = None, chunk: int = 64,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:  # fmt: skip
+    """P_t = a_t P_{t-1} + b_t k_t k_t^T, M_t = a_t M_{t-1} + k_t v_t^T (a = exp g), read through x_t = (P_t + Lambda)^-1 q_t:
+
+        o_t = M_t^T x_t,  or M_t^T ((1 - mix_t) q_t + mix_t x_t);   var_t = q_t . x_t, the same for every value channel.
+    Lambda = diag(prior), or ridge ||P_t||_F 1 if `ridge` is given (then `prior` is not used); where P_t = 0 that system
+    is singular, and Lambda = 1, hence x = q, takes its place (M is zero there too). `before` reads M_{t-1}, P_{t-1}.
+
+    q, k: [B, T, H, K] (q scaled already); v: [B, T, H, V]; b, g, mix: [B, T, H], g the log decay <= 0, b >= 0
+    prior: [H, K], > 0; ridge: [H], > 0; M0: [B, H, K, V]; P0: [B, H, K, K]
+    Returns o, var [B, T, H, V] (None unless `variance`), M_T, P_T. Cost: T H K^3 / 3 multiply-adds for the solves, once
+    more for a gradient; no matrix is kept for it.
+    """
+    if before:
+        x0 = _resolved(q[:, 0], P0, prior, ridge)
+        first = torch.einsum("bhk,bhkv->bhv", x0 if mix is None else torch.lerp(q[:, 0], x0, mix[:, 0, :, None]), M0)
+        o, var, MT, PT = solve(
+            _next(q), k, v, b, g, prior, M0, P0, variance=variance, ridge=ridge, mix=None if mix is None else _next(mix), chunk=chunk
+        )
+        level = (q[:, 0] * x0).sum(-1, keepdim=True).expand_as(first)
+        return _after(first, o), _after(level, var) if variance else None, MT, PT
+    C = _fit(chunk, q.shape[1])
+    bk, g = b[..., None] * k, _wide(g)
+    if ridge is None:
+        diagonal = prior.expand_as(q)
+    else:
+        (square,), _ = _sweep(partial(_square_norm, C), C, P0, k, bk, g)
+        diagonal = _ridge(square, ridge[:, None]).expand_as(q)
+    x, PT = _precision_solve(C, q, k, bk, g, diagonal, P0)
+    read = x if mix is None else torch.lerp(q, x, mix[..., None])
+    o, MT = linear(read, k, v, g[..., 0], M0, chunk=chunk)
+    var = (q * x).sum(-1, keepdim=True).expand_as(o) if variance else None
+    return o, var, MT, PT
+
+
+def _ridge(square: Tensor, ridge: Tensor) -> Tensor:
+    """ridge ||P||_F from its square, and 1 where P = 0; the gradient of the root stays finite there."""
+    some = square > 0
+    return torch.where(some, ridge * torch.where(some, square, 1.0).sqrt(), 1.0)
+
+
+def _resolved(q: Tensor, P: Tensor, prior: Tensor | None, ridge: Tensor | None) -> Tensor:
+    """(P + Lambda)^-1 q for one token: q [B, H, K], P [B, H, K, K]."""
+    diagonal = prior.expand_as(q) if ridge is None else _ridge((P * P).sum((-2, -1))[..., None], ridge[:, None]).expand_as(q)
+    return torch.linalg.solve(P + torch.diag_embed(diagonal), q)
+
+
+def _square_norm(C: int, P0: Tensor, k: Tensor, bk: Tensor, g: Tensor):
+    """||P_t||_F^2 at every token without P_t: with P_t = e_t P + sum_s D_ts bk_s k_s^T, products of keys are enough."""
+    B, T, H, K = k.shape
+    k, bk, g = (_split(x, C) for x in (k, bk, g))
+    gram = (k @ k.mT) * (bk @ bk.mT)
+    one = torch.ones_like(k[:, :, None, :, :1])
+    D, e, to_end = (x.squeeze(2) for x in _scores(one, one, g))
+    D = D[..., 0, :]
+    starts, last = _boundaries(k * to_end, bk, g.sum(-2), P0.flatten(0, 1))
+    cross = ((k @ starts) * bk).sum(-1, keepdim=True)
+    square = (e * e) * (starts * starts).sum((-2, -1))[..., None, None] + 2 * e * (D @ cross) + ((D @ gram) * D).sum(-1, keepdim=True)
+    return (_merge(square, B, T),), last.unflatten(0, (B, H))
+
+
+def _precision_solve(C: int, q, k, bk, g, diagonal, P0) -> tuple[Tensor, Tensor]:
+    """x_t = (P_t + diag)^-1 q_t and P_T. The gradient is that of one Newton step from the solution, which is exact."""
+    with torch.no_grad():
+        (x,), PT = _sweep(partial(_solve_tokens, C), C, P0, q, k, bk, g, diagonal)
+    if not (torch.is_grad_enabled() and any(y.requires_grad for y in (q, k, bk, g, diagonal, P0))):
+        return x, PT
+    Px, PT = linear(x, k, bk, g[..., 0], P0.mT, chunk=C)
+    return _Newton.apply(q - Px - diagonal * x, x, C, k, bk, g, diagonal, P0), PT.mT
+
+
+class _Newton(torch.autograd.Function):
+    """x + (P_t + diag)^-1 residual, where the residual is zero but its gradient is not."""
+
+    @staticmethod
+    def forward(ctx, residual, x, C, *system):
+        ctx.C = C
+        ctx.save_for_backward(*system)
+        return x.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dx):
+        k, bk, g, diagonal, P0 = ctx.saved_tensors
+        (y,), _ = _sweep(partial(_solve_tokens, ctx.C), ctx.C, P0.mT, dx, k, bk, g, diagonal)
+        return y, *(None,) * 7
+
+
+def _solve_tokens(C: int, P0: Tensor, q, k, bk, g, diagonal):
+    """(P_t + diag_t)^-1 q_t for all tokens: the matrices of many chunks at once, one token of each after another."""
+    B, T, H, K = q.shape
+    q, k, bk, g, diagonal = (_split(x, C) for x in (q, k, bk, g, diagonal))
+    diagonal = torch.where(diagonal == 0, 1.0, diagonal)  # tokens that fill up a chunk
+    starts, last = _boundaries(k * _to_end(g), bk, g.sum(-2), P0.flatten(0, 1))
+    x, shape = torch.empty_like(q), q.shape
+    q, k, bk, g, diagonal, starts, x = (y.flatten(0, 1) for y in (q, k, bk, g, diagonal, starts, x))
+    for i in _few(len(q), K * K):
+        P, keep = starts[i].clone(), g[i].exp()
+        for t in range(C):
+            P.mul_(keep[:, t, :, None]).addcmul_(k[i, t, :, None], bk[i, t, None])
+            A = P.clone()
+            A.diagonal(dim1=-2, dim2=-1).add_(diagonal[i, t])
+            x[i, t] = torch.linalg.solve_ex(A, q[i, t])[0]
+    return (_merge(x.view(shape), B, T),), last.unflatten(0, (B, H))
