@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
-BACKENDS = ("auto", "torch", "reference")
+BACKENDS = ("auto", "torch", "triton", "reference")
 POSITIVE = ("prior_precision", "temperature")
 NOT_NEGATIVE = ("beta", "importance", "noise", "ridge", "gain")
 
@@ -30,9 +30,11 @@ NOT_NEGATIVE = ("beta", "importance", "noise", "ridge", "gain")
 class Op:
     """One triple, ready to run. Made by `compile`; printable at every stage (`triple`, `recurrence`, `structure`, `plan`).
 
-    backend: "torch" (chunk-parallel where the plan has such a form, the token loop where it has none) or "reference"
-        (the float64 token loop, whatever the plan says).
-    checked: whether values (NaN, sign) are checked besides shapes and dtypes.
+    backend: "torch" (chunk-parallel where the plan has such a form, the token loop where it has none), "triton" (printed
+        kernels; on a CPU only in Triton's interpreter), "reference" (the float64 token loop, whatever the plan says), or
+        "auto" (triton for tensors on a GPU, torch elsewhere).
+    checked: whether values (NaN, sign) are checked besides shapes and dtypes; None checks on a CPU only, because a look
+        at values makes a GPU wait.
     """
 
     triple: Triple
@@ -40,7 +42,7 @@ class Op:
     structure: Structure
     plan: Plan
     backend: str
-    checked: bool = True
+    checked: bool | None = None
 
     @cached_property
     def state_type(self) -> type:
@@ -85,8 +87,10 @@ class Op:
         """
         inputs = {name: x for name, x in {"q": q, "k": k, "v": v, **gates}.items() if x is not None}
         sizes = self._check(inputs)
-        if self.checked:
+        if self.checked or (self.checked is None and q.device.type == "cpu"):
             self._check_values(inputs)
+        if self._chosen(q) == "triton":
+            return self._triton(inputs, sizes, initial_state, output_final_state, cu_seqlens, return_variance, self._scale(scale, sizes))
         offsets = self._offsets(cu_seqlens, sizes)
         wide = torch.float64 if self.backend == "reference" or q.dtype == torch.float64 else torch.float32
         inputs = {name: x.to(wide) for name, x in inputs.items()}
@@ -97,15 +101,38 @@ class Op:
             o, var, final = self._run(inputs, state, scale, return_variance)
         else:
             o, var, final = self._packed(inputs, state, scale, return_variance, offsets)
-        out = (o.to(q.dtype),)
-        out += (var.to(q.dtype),) if return_variance else ()
-        out += (self.state_type(*final),) if output_final_state else ()
+        return self._result(o.to(q.dtype), var.to(q.dtype) if return_variance else None, final if output_final_state else None)
+
+    def _result(self, o, var, final):
+        out = (o,)
+        out += (var,) if var is not None else ()
+        out += (self.state_type(*final),) if final is not None else ()
         return out if len(out) > 1 else out[0]
 
     # -- running ------------------------------------------------------------------------------------------------------
 
+    def _chosen(self, q) -> str:
+        return self.backend if self.backend != "auto" else "triton" if q.is_cuda else "torch"
+
+    def _triton(self, inputs: dict, sizes: dict, initial: Any, final: bool, cu_seqlens: Any, variance: bool, scale: float):
+        """Printed kernels take packed sequences and half precision as they are; states are at least float32."""
+        from .lower.launch import run
+
+        q = inputs["q"]
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        if cu_seqlens is None:
+            count, offsets = sizes["B"], torch.arange(sizes["B"] + 1, device=q.device) * sizes["T"]
+        else:
+            self._check_offsets(cu_seqlens, sizes)
+            count, offsets = len(cu_seqlens) - 1, cu_seqlens.to(device=q.device, dtype=torch.int64)
+            if q.device.type == "cpu":
+                self._offsets(cu_seqlens, sizes)
+        state = self._initial(initial, {**inputs, "q": q.to(wide)}, count, sizes)
+        o, var, end = run(self.recurrence, inputs, state, offsets, scale, variance)
+        return self._result(o, var, end if final else None)
+
     def _run(self, inputs: dict, state: tuple, scale: float, variance: bool):
-        if self.backend == "torch" and self.plan.chunked:
+        if self.backend != "reference" and self.plan.chunked:
             from .lower import parallel
 
             return parallel.run(self.recurrence, self.structure, self.plan, inputs, state, scale, variance)
@@ -170,7 +197,7 @@ class Op:
 
     def _check(self, inputs: dict) -> dict:
         """Names, types and shapes; returns the sizes B, T, H, K, V."""
-        wanted = {x.name: x for x in self.recurrence.inputs} | ({"k": None} if False else {})
+        wanted = {x.name: x for x in self.recurrence.inputs}
         takes = ", ".join(f"{x.name} {x.shape}" for x in self.recurrence.inputs)
         for name in inputs:
             if name not in wanted:
@@ -218,15 +245,19 @@ class Op:
     def _offsets(self, cu_seqlens: Any, sizes: dict) -> list[int] | None:
         if cu_seqlens is None:
             return None
+        works = self._check_offsets(cu_seqlens, sizes)
+        offsets = cu_seqlens.tolist()
+        if offsets[0] != 0 or offsets[-1] != sizes["T"] or any(b <= a for a, b in zip(offsets, offsets[1:], strict=False)):
+            raise UnifyError(f"cu_seqlens={offsets if len(offsets) < 9 else '...'}", f"the offsets do not cut T = {sizes['T']} into sequences", works)
+        return offsets
+
+    def _check_offsets(self, cu_seqlens: Any, sizes: dict) -> str:
         works = f"pass an int64 tensor [0, ..., {sizes['T']}], strictly increasing"
         if not torch.is_tensor(cu_seqlens) or cu_seqlens.ndim != 1 or cu_seqlens.dtype not in (torch.int64, torch.int32) or len(cu_seqlens) < 2:
             raise UnifyError(f"cu_seqlens={cu_seqlens!r}", "offsets of packed sequences are a vector of integers", works)
         if sizes["B"] != 1:
             raise UnifyError(f"cu_seqlens with B={sizes['B']}", "packed sequences lie one after the other in one batch row", "flatten to B = 1")
-        offsets = cu_seqlens.tolist()
-        if offsets[0] != 0 or offsets[-1] != sizes["T"] or any(b <= a for a, b in zip(offsets, offsets[1:], strict=False)):
-            raise UnifyError(f"cu_seqlens={offsets if len(offsets) < 9 else '...'}", f"the offsets do not cut T = {sizes['T']} into sequences", works)
-        return offsets
+        return works
 
     @property
     def brief(self) -> str:
@@ -252,16 +283,16 @@ def _start(state, inputs: dict, sizes: dict, recurrence: Recurrence):
 
 
 @lru_cache(maxsize=512)
-def _compile(triple: Triple, backend: str, checked: bool) -> Op:
+def _compile(triple: Triple, backend: str, checked: bool | None) -> Op:
     recurrence = derive(triple)
     found = structure(recurrence)
-    return Op(triple, recurrence, found, plan(found), "torch" if backend == "auto" else backend, checked)
+    return Op(triple, recurrence, found, plan(found), backend, checked)
 
 
-def compile(triple: Triple, backend: str = "auto", *, checked: bool = True) -> Op:
+def compile(triple: Triple, backend: str = "auto", *, checked: bool | None = None) -> Op:
     """Make a triple callable: derive, find the structure, plan, lower. Cached by the triple.
 
-    backend: "auto" (today: "torch"), "torch" or "reference"; see `Op`. Raises UnifyError for anything else.
+    backend: "auto", "torch", "triton" or "reference"; see `Op`. Raises UnifyError for anything else.
     """
     if not isinstance(triple, Triple):
         raise UnifyError(f"compile({type(triple).__name__})", "an op is made from a Triple", "pass Triple(architecture, posterior, prior), or zoo.get(name).triple")
