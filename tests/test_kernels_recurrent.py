@@ -1,0 +1,158 @@
+"""Printed kernels of the recurrent family against the float64 token loop: every zoo model, forward and every gradient.
+
+On a CPU they run in Triton's interpreter on small odd shapes; with the marker gpu, on the device at real sizes.
+"""
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+pytest.importorskip("triton")
+
+from unify.errors import UnifyError
+from unify.kernels import recurrent
+from unify.lower.triton import leaves
+from unify.models.zoo import ZOO, get
+from unify.op import compile
+from unify.testing import random_inputs
+from unify.triple import Architecture, Posterior, Prior, Triple
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """Blocks so small that every loop over blocks and segments goes round more than once."""
+    monkeypatch.setattr(recurrent, "TILE", 16)
+    monkeypatch.setattr(recurrent, "EVERY", 4)
+    monkeypatch.setenv("UNIFY_CACHE", str(tmp_path))
+
+
+def poisoned(monkeypatch):
+    """Every buffer a kernel is given starts as NaN, so that an entry never written is seen."""
+    empty, like = torch.Tensor.new_empty, torch.empty_like
+    nan = lambda x: x.fill_(torch.nan) if x.is_floating_point() else x  # noqa: E731
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *a, **k: nan(empty(self, *a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: nan(like(*a, **k)))
+
+
+def symmetric(name, x):
+    return (x + x.mT) / 2 if name == "P" else x
+
+
+def results(op, inputs, state, weights, **options):
+    """Outputs and gradients of a random functional of all of them."""
+    leaves = {n: x.detach().clone().requires_grad_() for n, x in inputs.items()}
+    start = [x.detach().clone().requires_grad_() for x in state]
+    o, variance, end = op(**leaves, initial_state=tuple(start), output_final_state=True, return_variance=True, **options)
+    out = {"o": o, "variance": variance, **end._asdict()}
+    loss = sum((x.to(torch.float64) * weights[n].to(x.device)).sum() for n, x in out.items())
+    names = [*leaves, *(f"initial {n}" for n in end._fields)]
+    grads = torch.autograd.grad(loss, [*leaves.values(), *start], allow_unused=True)
+    zero = [torch.zeros_like(x) if g is None else g for x, g in zip([*leaves.values(), *start], grads, strict=True)]
+    return out, {n: symmetric(n.split()[-1], g) for n, g in zip(names, zero, strict=True)}
+
+
+def start_of(op, count, heads, keys, values, make):
+    """A random legal state: positive where it is a precision, symmetric where it is a matrix."""
+    out = []
+    for s in op.recurrence.states:
+        shape = [count, heads, *({"j": keys, "l": keys, "i": values}[str(d)] for d in s.dims)]
+        x = torch.randn(shape, generator=make, dtype=torch.float64)
+        out.append(x if s.name in "SM" else x @ x.mT if s.name == "P" else x.abs() + 0.5)
+    return out
+
+
+def compare(triple, lengths, H, K, V, device="cpu", dtype=torch.float64, seed=0):
+    """Worst relative error of outputs and of gradients, kernels against the float64 loop, on packed sequences."""
+    op, oracle = compile(triple, "triton"), compile(triple, "reference")
+    make = torch.Generator().manual_seed(seed)
+    inputs = random_inputs(oracle, seed=seed, B=1, T=sum(lengths), H=H, K=K, V=V)
+    if "temperature" in inputs:  # (-g / tau) ** tau has no derivative where nothing is forgotten
+        inputs["g"] = inputs["g"].clamp(max=-1e-3)
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    state = start_of(oracle, len(lengths), H, K, V, make)
+    weights = {"o": torch.randn(1, sum(lengths), H, V, generator=make, dtype=torch.float64)}
+    weights["variance"] = torch.randn(1, sum(lengths), H, V, generator=make, dtype=torch.float64)
+    weights |= {s.name: symmetric(s.name, torch.randn(x.shape, generator=make, dtype=torch.float64)) for s, x in zip(oracle.recurrence.states, state, strict=True)}
+    cast = {n: x.to(dtype) for n, x in inputs.items()}
+    exact = results(oracle, {n: x.double() for n, x in cast.items()}, state, weights, cu_seqlens=offsets)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    given = {n: x.to(device) for n, x in cast.items()}
+    found = results(op, given, [x.to(device=device, dtype=wide) for x in state], weights, cu_seqlens=offsets.to(device))
+    return [worst(e, f) for e, f in zip(exact, found, strict=True)]
+
+
+def worst(exact: dict, found: dict) -> dict[str, float]:
+    assert exact.keys() == found.keys()
+    return {n: ((found[n].double().cpu() - x.cpu()).norm() / x.norm().clamp(min=1e-30)).nan_to_num(nan=torch.inf).item() for n, x in exact.items()}
+
+
+SQUASHED = ("preconditioned_gdn", "preconditioned_kda")  # their constants reach the kernel as float32
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_kernels_equal_the_loop_forward_and_backward(name, small, monkeypatch):
+    poisoned(monkeypatch)
+    for errors in compare(get(name).triple, (1, 6), H=1, K=3, V=5):
+        bad = {n: e for n, e in errors.items() if not e <= (1e-6 if name in SQUASHED else 1e-10)}
+        assert not bad
+
+
+def test_the_comparison_sees_a_wrong_number_and_a_nan():
+    exact = {"o": torch.ones(3)}
+    assert worst(exact, {"o": torch.ones(3) * (1 + 1e-6)})["o"] > 1e-7
+    assert worst(exact, {"o": torch.tensor([1.0, torch.nan, 1.0])})["o"] == torch.inf
+
+
+def test_a_wrong_kernel_is_seen(small, monkeypatch):
+    """The same comparison with a leaf altered in the printed source."""
+    from unify.lower import launch, triton
+
+    printed = triton.module(compile(get("mamba2").triple).recurrence)
+    wrong = replace(printed, source=printed.source.replace("S_p = alpha * S", "S_p = alpha * S * 1.001"), key=printed.key[::-1])
+    assert wrong.source != printed.source
+    monkeypatch.setattr(launch, "module", lambda _: wrong)
+    forward, backward = compare(get("mamba2").triple, (3,), H=1, K=2, V=2)
+    assert max(forward.values()) > 1e-5 and max(backward.values()) > 1e-5
+
+
+def test_long_enough_for_real_segments(monkeypatch, tmp_path):
+    monkeypatch.setenv("UNIFY_CACHE", str(tmp_path))
+    for errors in compare(get("palimpsa").triple, (65,), H=1, K=2, V=3):
+        assert max(errors.values()) <= 1e-10
+
+
+def test_a_new_architecture_needs_no_kernel(small):
+    """A triple nobody has published: it gets a forward and a backward all the same."""
+    triple = Triple(
+        Architecture("key", value="observation", precision="value", importance="value", write_gate=True),
+        Posterior("diagonal", "predicted", anchor_weight="key"),
+        Prior("key", mean="entry"),
+    )
+    for errors in compare(triple, (5,), H=1, K=3, V=2):
+        assert max(errors.values()) <= 1e-10
+
+
+def test_leaves_read_like_the_equations():
+    text = leaves(compile(get("palimpsa").triple).recurrence)
+    assert "# M_new[j, i] = M_p[j, i] + k[j]*v[i]\n    M_new = k[:, None] * v[None, :] + M_p" in text
+
+
+def test_a_full_precision_per_row_is_refused_with_a_way_out():
+    triple = Triple(Architecture("head", value="observation", precision="value"), Posterior("full"))
+    op = compile(triple, "triton")
+    inputs = random_inputs(op, seed=0, B=1, T=2, H=1, K=2, V=2)
+    with pytest.raises(UnifyError, match="backend='torch'"):
+        op(**inputs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("name", ZOO)
+def test_on_the_device(name, dtype, tolerance):
+    for errors in compare(get(name).triple, (1, 63, 64, 65), H=2, K=24, V=40, device="cuda", dtype=dtype):
+        assert max(errors.values()) <= tolerance, errors
