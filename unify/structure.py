@@ -153,16 +153,18 @@ def _steps(recurrence: Recurrence, mean: str, tainted: set[str]) -> tuple[tuple[
     shift = prior_mean(recurrence.triple) if mean == "S" else sp.S.Zero
     if shift != 0:  # a shift cancels only where the predicted precision is written out
         tainted = tainted | {x.name for x in recurrence.phase("predict")}
-    steps, kind = [], "scalar"
+    steps, kinds = [], {"scalar"}
     for before, after in zip(trail, trail[1:], strict=False):
         expr = inline(array(after, (j, i)), recurrence, {before, *trail[: trail.index(after)]}, tainted)
         expr = _shifted(expr, before, shift)
         step, one = _affine(expr, before)
         if step is None:
             return (), "dense"
-        kind = max(kind, one, key=_RANK.index)
+        kinds.add(one)
         steps.append(step)
-    return _merge(steps), kind
+    if {"entry", "rank one"} <= kinds:  # what the rows do not share meets what mixes the keys
+        kinds.add("row-coupled")
+    return _merge(steps), max(kinds, key=_RANK.index)
 
 
 _RANK = ("scalar", "diagonal", "entry", "rank one", "row-coupled", "dense")
@@ -188,7 +190,7 @@ def _affine(expr: sp.Expr, name: str) -> tuple[Step | None, str]:
     sums = sorted((x for x in expr.atoms(sp.Sum) if x.has(base)), key=str)
     dots = {x: sp.Dummy(f"t{n}") for n, x in enumerate(sums)}
     flat = expr.subs(dots).subs(own, s)
-    decay = sp.factor(sp.simplify(sp.diff(flat, s)))
+    decay = _unsigned(sp.factor(sp.simplify(sp.diff(flat, s))))
     slopes = {x: sp.diff(flat, t) for x, t in dots.items()}
     if flat.has(base) or any(e.has(s, *dots.values()) for e in (decay, *slopes.values())):
         return None, "dense"
@@ -204,6 +206,13 @@ def _affine(expr: sp.Expr, name: str) -> tuple[Step | None, str]:
     if entry is not None and kind != "row-coupled":
         kind = "entry" if kind in ("scalar", "diagonal", "entry") else "row-coupled"
     return Step(decay, write, read, key, value, entry), kind
+
+
+def _unsigned(decay: sp.Expr) -> sp.Expr:
+    """The same product without a leading minus, so that its logarithm is a sum of logarithms: a sum takes the sign."""
+    number, rest = decay.as_coeff_Mul()
+    total = next((x for x in sp.Mul.make_args(rest) if isinstance(x, sp.Add)), None)
+    return decay if number >= 0 or total is None else -number * (rest / total) * sp.expand(-total)
 
 
 def _erasure(slopes: dict, name: str) -> tuple[sp.Expr | None, sp.Expr | None]:

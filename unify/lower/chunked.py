@@ -33,9 +33,9 @@ def _fit(chunk: int, T: int) -> int:
 
 def _split(x: Tensor, C: int) -> Tensor:
     """[B, T, H, X] -> [N, B H, C, X], zeros after the last token."""
-    N = -(-x.shape[1] // C)
-    x = F.pad(x, (0, 0, 0, 0, 0, N * C - x.shape[1])).unflatten(1, (N, C))
-    return x.permute(1, 0, 3, 2, 4).flatten(1, 2).contiguous()
+    short = -x.shape[1] % C
+    x = F.pad(x, (0, 0, 0, 0, 0, short)) if short else x
+    return x.unflatten(1, (-1, C)).permute(1, 0, 3, 2, 4).flatten(1, 2).contiguous()
 
 
 def _merge(x: Tensor, B: int, T: int) -> Tensor:
@@ -84,20 +84,24 @@ def _few(R: int, size: int) -> list[slice]:
 
 
 def _scan(g: Tensor, x: Tensor, x0: Tensor) -> Tensor:
-    """y_t = exp(g_t) y_{t-1} + x_t in about 2 sqrt(T) vector operations: inside all blocks at once, then across them."""
+    """y_0 = x0, y_t = exp(g_t) y_{t-1} + x_t: [B, T + 1, ...]. Inside all blocks at once, then across the blocks.
+
+    About 2 sqrt(T) vector operations; a short sequence is one block.
+    """
     B, T = x.shape[:2]
-    c = int(T**0.5 - 1e-9) + 1
-    n = -(-T // c)
-    pad = lambda y: torch.cat((y, y.new_zeros(B, n * c - T, *y.shape[2:])), 1).unflatten(1, (n, c))  # noqa: E731
-    g, y = pad(g), pad(x)
-    a, within = g.exp(), g.cumsum(2).exp_()
-    y[:, 0, 0].addcmul_(a[:, 0, 0], x0)
+    c = T + 1 if T <= 32 else int(T**0.5) + 1
+    n = -(-(T + 1) // c)
+    blocks = lambda *parts: torch.cat((*parts, x.new_zeros(B, n * c - T - 1, *parts[0].shape[2:])), 1).unflatten(1, (n, c))  # noqa: E731
+    y, g = blocks(x0[:, None], x), blocks(torch.zeros_like(g[:, :1]), g)
+    a = g.exp()
     for i in range(1, c):
         y[:, :, i].addcmul_(a[:, :, i], y[:, :, i - 1])
-    for j in range(1, n):
-        y[:, j, -1].addcmul_(within[:, j, -1], y[:, j - 1, -1])
-    y[:, 1:, :-1].addcmul_(within[:, 1:, :-1], y[:, :-1, -1:])
-    return y.flatten(1, 2)[:, :T]
+    if n > 1:
+        a = g.cumsum(2).exp_()
+        for j in range(1, n):
+            y[:, j, -1].addcmul_(a[:, j, -1], y[:, j - 1, -1])
+        y[:, 1:, :-1].addcmul_(a[:, 1:, :-1], y[:, :-1, -1:])
+    return y.flatten(1, 2)[:, : T + 1]
 
 
 class _DecayedSum(torch.autograd.Function):
@@ -106,17 +110,16 @@ class _DecayedSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, g: Tensor, x: Tensor, x0: Tensor) -> Tensor:
         y = _scan(g, x, x0)
-        ctx.save_for_backward(g, y, x0)
+        ctx.save_for_backward(g, y)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
-        g, y, x0 = ctx.saved_tensors
-        D = _scan(_next(g).flip(1), dy.flip(1), torch.zeros_like(x0)).flip(1)
-        flow = D * g.exp()
-        dg = (flow * torch.cat((x0[:, None], y[:, :-1]), 1)).sum_to_size(g.shape)
-        return dg, D, flow[:, 0]
+        g, y = ctx.saved_tensors
+        D = _scan(g.flip(1), dy[:, :-1].flip(1), dy[:, -1]).flip(1)  # D_0 ... D_T
+        dg = (D[:, 1:] * y[:, :-1] * g.exp()).sum_to_size(g.shape)
+        return dg, D[:, 1:], D[:, 0]
 
 
 def decayed_sum(g: Tensor, x: Tensor, x0: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,13 +130,13 @@ def decayed_sum(g: Tensor, x: Tensor, x0: Tensor) -> tuple[Tensor, Tensor]:
     Returns y [B, T, H, *D] and y_T [B, H, *D]. Cost: T H D multiply-adds, about 2 sqrt(T) steps deep.
     """
     y = _DecayedSum.apply(g.expand(*x.shape[:3], *g.shape[3:]), x, x0)
-    return y, y[:, -1]
+    return y[:, 1:], y[:, -1]
 
 
 def _boundaries(k_out: Tensor, v: Tensor, total: Tensor, s0: Tensor) -> tuple[Tensor, Tensor]:
     """States at the chunks' starts [N, R, K, V] and after the last; k_out [N, R, C, K] decayed to the chunk's end."""
-    ends = decayed_sum(total[None, ..., None], (k_out.mT @ v)[None], s0[None])[0][0]
-    return torch.cat((s0[None], ends[:-1])), ends[-1]
+    states = _DecayedSum.apply(total[None, ..., None], (k_out.mT @ v)[None], s0[None])[0]
+    return states[:-1], states[-1]
 
 
 def _to_end(g: Tensor) -> Tensor:
@@ -262,6 +265,12 @@ def _scores(rows: Tensor, cols: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tens
     return A * D[:, :, None, :, None], rows * g.cumsum(-2).exp()[:, :, None], cols * D[:, :, None, -1, :, None]
 
 
+def _add_product(o: Tensor, A: Tensor, v: Tensor) -> Tensor:
+    """o += A v, in place and in one pass; all [N, R, ., .]."""
+    o.flatten(0, 1).baddbmm_(A.flatten(0, 1), v.flatten(0, 1))
+    return o
+
+
 # ---- linear state, linear read ---------------------------------------------------------------------------------------
 
 
@@ -287,7 +296,7 @@ def _linear(C: int, s0: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor):
     q, k, v, g = (_split(x, C) for x in (q, k, v, g))
     A, q_in, k_out = _scores(q[:, :, None], k[:, :, None], g)
     starts, last = _boundaries(k_out[:, :, 0], v, g.sum(-2), s0.flatten(0, 1))
-    o = A[:, :, 0, :, 0] @ v + q_in[:, :, 0] @ starts
+    o = _add_product(q_in[:, :, 0] @ starts, A[:, :, 0, :, 0], v)
     return (_merge(o, B, T),), last.unflatten(0, (B, H))
 
 
@@ -333,9 +342,9 @@ def _rank_one(C: int, s0: Tensor, q: Tensor, r: Tensor, g: Tensor, w: Tensor, v:
     )
     added = None if k is None else outside[:, :, 1].mT @ v
     starts, u, last = _walk(x, z, outside[:, :, 0], added, g.sum(-2).exp()[..., None], s0.flatten(0, 1))
-    o = inside[:, :, 0] @ starts + A[:, :, 0, :, 0] @ u
+    o = _add_product(inside[:, :, 0] @ starts, A[:, :, 0, :, 0], u)
     if k is not None:
-        o = o + A[:, :, 0, :, 1] @ v
+        _add_product(o, A[:, :, 0, :, 1], v)
     return (_merge(o, B, T),), last.unflatten(0, (B, H))
 
 

@@ -1,7 +1,8 @@
-"""Structure -> chunk-parallel execution: coefficients for all tokens at once, then one of the schedules of `chunked`.
+"""Structure -> chunk-parallel execution: coefficients for all tokens at once, then one of the family's schedules.
 
 Every name that does not depend on the mean state is evaluated for the whole sequence in one go (the printer never looks
-at the leading dimensions); small autonomous states come first, as decayed sums.
+at the leading dimensions); small autonomous states come first, as decayed sums. The schedules themselves come in two
+makes with one signature: `Chunked` (torch matmuls) and, in `launch`, Triton kernels.
 """
 
 from __future__ import annotations
@@ -12,24 +13,49 @@ from functools import cache
 import sympy as sp
 import torch
 
-from ..energy import GATE_DIMS, prior_mean, prior_precision
+from ..energy import prior_mean, prior_precision
 from ..plan import Plan
 from ..recurrence import Recurrence
 from ..structure import Autonomous, Step, Structure, channels, separate
-from ..symbols import arrays, at_index, i, j, l, name_of, put
+from ..symbols import array, arrays, at_index, collapse, i, j, l, name_of, put, symbol
 from . import chunked
 from .printer import assignment, code
 from .torch import per_token
 
 
+class Chunked:
+    """The schedules on torch; every batch row is one sequence."""
+
+    def linear(self, q, k, v, g, s0, *, scale, before):
+        """Decayed sum of outer products, read linearly."""
+        return chunked.linear(scale * q, k, v, g, s0, before=before)
+
+    def rank_one(self, q, r, w, k, v, g, s0, *, scale, before):
+        """Diagonal plus rank-one transitions."""
+        return chunked.rank_one(scale * q, r, w, k, v, g, s0, before=before)
+
+    def elementwise(self, q, k, v, b, g, prior, M0, I0, *, scale, **options):
+        """Two decayed sums, divided entry by entry at the read."""
+        return chunked.elementwise(scale * q, k, v, b, g, prior, M0, I0, **options)
+
+    def decayed_sum(self, g, x, x0):
+        """A small autonomous state at every token, and its last value."""
+        return chunked.decayed_sum(g, x, x0)
+
+    def previous(self, start, states):
+        """The state each token finds."""
+        return torch.cat([start[:, None], states[:, :-1]], 1)
+
+
 class Sequence:
     """All tokens of a call: names -> tensors [B, T, H, ...], filled in program order as they become known."""
 
-    def __init__(self, recurrence: Recurrence, structure: Structure, inputs: Mapping[str, torch.Tensor], state: tuple, scale: float):
-        self.recurrence, self.structure = recurrence, structure
+    def __init__(self, recurrence: Recurrence, structure: Structure, inputs: Mapping[str, torch.Tensor], state: tuple, scale: float, schedule):
+        self.recurrence, self.structure, self.schedule = recurrence, structure, schedule
         q = inputs["q"]
         self.shape, self.width = q.shape, inputs["v"].shape[-1]
-        self.env = {"torch": torch, "scale": scale, "K": q.shape[-1], "V": self.width, **per_token(recurrence, inputs)}
+        size = torch.tensor(q.shape[-1], dtype=q.dtype, device=q.device)  # a tensor, because a log decay may hold log(K)
+        self.env = {"torch": torch, "scale": scale, "K": size, "V": self.width, **per_token(recurrence, inputs)}
         self.state = {s.name: x for s, x in zip(recurrence.states, state, strict=True)}
         if recurrence.triple.architecture.key == "tempered":
             self.env["k_raw"] = self.env.pop("k")
@@ -70,8 +96,8 @@ class Sequence:
         else:
             g = self.log_decay(x.decay, () if not channels(x.decay) else x.dims)
             g = g[..., None] if g.ndim == 3 and x.dims else g
-            states, last = chunked.decayed_sum(g, self.full(x.drive, x.dims), start)
-        self.env[x.name] = torch.cat([start[:, None], states[:, :-1]], 1)
+            states, last = self.schedule.decayed_sum(g, self.full(x.drive, x.dims), start)
+        self.env[x.name] = self.schedule.previous(start, states)
         self.final[x.name] = last
 
     def _token_by_token(self, x: Autonomous, state: torch.Tensor):
@@ -101,17 +127,18 @@ def _code(expr: sp.Expr, dims: tuple):
 
 @cache
 def _log(decay: sp.Expr) -> sp.Expr:
-    from ..symbols import array
-
     names = {"alpha": lambda *d: sp.exp(array("g", d)) if d else sp.exp(array("g")), "alpha_importance": sp.exp(array("g_importance"))}
     if not any(isinstance(x, sp.Indexed) for x in arrays(decay) if name_of(x) == "alpha"):
         names["alpha"] = sp.exp(array("g"))
     return sp.expand_log(sp.log(put(sp.sympify(decay), **names)), force=True)
 
 
-def run(recurrence: Recurrence, structure: Structure, plan: Plan, inputs: Mapping, state: tuple, scale: float, variance: bool = False):
-    """Execute a sequence by the plan's schedule; arguments and results as `lower.torch.loop`."""
-    seq = Sequence(recurrence, structure, inputs, state, scale)
+def run(recurrence: Recurrence, structure: Structure, plan: Plan, inputs: Mapping, state: tuple, scale: float, variance: bool = False, schedule=None):
+    """Execute a sequence by the plan's schedule; arguments and results as `lower.torch.loop`.
+
+    schedule: whose `linear`, `rank_one`, `elementwise`, `decayed_sum` and `previous` to use; default `Chunked()`.
+    """
+    seq = Sequence(recurrence, structure, inputs, state, scale, schedule or Chunked())
     o, var, final = {"linear": _matmul, "rank one": _matmul, "elementwise": _elementwise, "solve": _solve}[plan.family](seq, variance)
     o = o + seq.full(_input_part(structure, recurrence), (i,))
     if variance and var is None:
@@ -124,7 +151,7 @@ def run(recurrence: Recurrence, structure: Structure, plan: Plan, inputs: Mappin
 def _input_part(structure: Structure, recurrence: Recurrence) -> sp.Expr:
     """What reaches the output without passing through the state."""
     if structure.read == "elementwise":  # the bonus is divided by the state's precision, so the schedule adds it
-        return put(structure.direct, bonus=lambda *_: sp.S.Zero)
+        return collapse(put(structure.direct, bonus=lambda *_: sp.S.Zero))
     return structure.direct
 
 
@@ -160,17 +187,32 @@ def _matmul(seq: Sequence, variance: bool):
     weight, after = s.weight, None
     if i in channels(weight):
         weight, after, _ = separate(weight)
-    q = m.repeat(seq.full(weight, (j,)))
+    q, scale = _query(seq, weight)
+    q = m.repeat(q)
     start = seq.state[s.mean] - shift
     if s.transition == "rank one":
         write, read = (m.lay([seq.full(getattr(x, part) if x.write is not None else sp.S.Zero, (j,)) for x in s.steps]) for part in ("write", "read"))
-        o, last = chunked.rank_one(q, read, write, m.key, m.value, m.g, start, before=s.before)
+        o, last = seq.schedule.rank_one(q, read, write, m.key, m.value, m.g, start, scale=scale, before=s.before)
     else:
-        o, last = chunked.linear(q, m.key, m.value, m.g, start, before=s.before)
+        o, last = seq.schedule.linear(q, m.key, m.value, m.g, start, scale=scale, before=s.before)
     o = m.pick(o)
     return (o if after is None else o * seq.full(after, (i,))), None, {s.mean: last + shift}
 
 
+def _query(seq: Sequence, weight: sp.Expr) -> tuple[torch.Tensor, float]:
+    """What reads the state: the query itself and its scale, or their product with a rescaling."""
+    bare = _unscaled(weight)
+    return (seq.full(weight, (j,)), 1.0) if bare is None else (seq.full(bare, (j,)), seq.env["scale"])
+
+
+@cache
+def _unscaled(weight: sp.Expr) -> sp.Expr | None:
+    """weight / scale, if the scale is a factor of it."""
+    bare = sp.simplify(weight / symbol("scale"))
+    return None if symbol("scale") in bare.free_symbols else bare
+
+
+@cache
 def _bare(step: Step) -> tuple[sp.Expr, sp.Expr]:
     """The write as (key without factors of its own, everything else on the value)."""
     factor, key = sp.S.One, sp.S.One
@@ -182,11 +224,16 @@ def _bare(step: Step) -> tuple[sp.Expr, sp.Expr]:
     return key, factor * step.value
 
 
+@cache
+def _ratio(x: sp.Expr, y: sp.Expr) -> sp.Expr:
+    return sp.simplify(x / y)
+
+
 def _drives(seq: Sequence, name: str) -> list[sp.Expr]:
-    """The drive of a matrix state, observation by observation."""
-    own = next(s for s in seq.recurrence.states if s.name == name)
-    chain = [s for s in seq.recurrence.steps if s.name.startswith(name + "_") and s.phase == "observe"]
-    return [s.expr.xreplace({x: sp.S.Zero for x in arrays(s.expr) if name_of(x).split("_")[0] == own.name}) for s in chain]
+    """The drive of a matrix state, observation by observation: 0 where an observation has no curvature."""
+    observed = {s.name.removeprefix(name + "_"): s.expr for s in seq.recurrence.steps if s.name.startswith(name + "_") and s.phase == "observe"}
+    chain = [observed.get(at, sp.S.Zero) for at in [*(str(n) for n in range(1, len(seq.structure.steps))), "new"]]
+    return [x.xreplace({y: sp.S.Zero for y in arrays(x) if name_of(y).split("_")[0] == name}) for x in chain]
 
 
 def _elementwise(seq: Sequence, variance: bool):
@@ -196,13 +243,13 @@ def _elementwise(seq: Sequence, variance: bool):
     drives = [separate(x) for x in _drives(seq, precision.name)]
     key = m.lay([seq.full(k, (j,)) for k, _ in pairs])
     value = m.lay([seq.full(v, (i,)) for _, v in pairs])
-    spread = m.lay([seq.full(x, (j,)) for x, _, _ in drives])
-    b = m.lay([seq.full(y, (i,)) for _, y, _ in drives])
+    spread = m.lay([seq.full(x or sp.S.Zero, (j,)) for x, _, _ in drives])
+    b = m.lay([seq.full(y or sp.S.Zero, (i,)) for _, y, _ in drives])
     prior = seq.value(prior_precision(t), (j, i))
     bonus = seq.env.get("bonus") if t.architecture.bonus else None
-    o, var, last, excess = chunked.elementwise(
-        m.repeat(seq.value(sp.Symbol("scale", positive=True), ()) * seq.env["q"]), key, value, b, m.g, prior,
-        seq.state[s.mean], seq.state[precision.name], spread=spread, before=s.before, bonus=bonus, variance=variance,
+    o, var, last, excess = seq.schedule.elementwise(
+        m.repeat(seq.env["q"]), key, value, b, m.g, prior, seq.state[s.mean], seq.state[precision.name],
+        scale=seq.env["scale"], spread=spread, before=s.before, bonus=bonus, variance=variance,
     )  # fmt: skip
     return m.pick(o), m.pick(var) if variance else None, {s.mean: last, precision.name: excess}
 
@@ -212,7 +259,7 @@ def _solve(seq: Sequence, variance: bool):
     (precision,) = s.autonomous
     pairs = [_bare(x) for x in s.steps]
     keys = [k for k, _ in pairs]
-    gains = [sp.simplify(d / (k * at_index(k, j, l))) for d, k in zip(_drives(seq, precision.name), keys, strict=True)]
+    gains = [_ratio(d, k * at_index(k, j, l)) for d, k in zip(_drives(seq, precision.name), keys, strict=True)]
     lay = lambda exprs, dims: m.lay([seq.full(x, dims) for x in exprs])  # noqa: E731
     prior = seq.value(prior_precision(t), (j,)) if t.prior.adaptive is None else None
     if prior is not None:
@@ -224,6 +271,3 @@ def _solve(seq: Sequence, variance: bool):
         ridge=seq.env.get("ridge"), mix=None if "mix" not in seq.env else m.repeat(seq.env["mix"]),
     )  # fmt: skip
     return scale * m.pick(o), scale**2 * m.pick(var) if variance else None, {s.mean: last, precision.name: excess}
-
-
-__all__ = ["GATE_DIMS", "Sequence", "run"]
