@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 BACKENDS = ("auto", "torch", "triton", "reference")
 POSITIVE = ("prior_precision", "temperature")
-NOT_NEGATIVE = ("beta", "importance", "noise", "ridge", "gain")
+NOT_NEGATIVE = ("beta", "importance", "erase", "noise", "ridge", "gain")
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Op:
             if q.device.type == "cpu":
                 self._offsets(cu_seqlens, sizes)
         state = self._initial(initial, {**inputs, "q": q.to(wide)}, count, sizes)
-        o, var, end = run(self.recurrence, inputs, state, offsets, scale, variance)
+        o, var, end = run(self.recurrence, self.structure, self.plan, inputs, state, offsets, scale, variance)
         return self._result(o, var, end if final else None)
 
     def _run(self, inputs: dict, state: tuple, scale: float, variance: bool):
@@ -238,7 +238,7 @@ class Op:
             if name in ("g", "g_importance") and (x > 0).any():
                 raise UnifyError(f"{name} up to {x.max().item():g}", f"{name} is the natural logarithm of a decay in (0, 1]", "pass log(alpha) <= 0")
             if name in NOT_NEGATIVE and (x < 0).any():
-                raise UnifyError(f"{name} down to {x.min().item():g}", f"{name} is a precision or a variance", f"pass {name} >= 0")
+                raise UnifyError(f"{name} down to {x.min().item():g}", f"{name} is a precision, a variance or a share", f"pass {name} >= 0")
             if name in POSITIVE and (x <= 0).any():
                 raise UnifyError(f"{name} down to {x.min().item():g}", f"{name} divides", f"pass {name} > 0")
 

@@ -180,18 +180,21 @@ def _levels(g: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
     """m = 1, 2, 4, ..., C / 2: the decays that carry a write from a block of m tokens into the next one.
 
     A write at s in the first block and a read at t in the second meet at the border: exp(sum_{s<i<=border} g_i) on the
-    write, exp(sum_{border<i<=t} g_i) on the read; both are sums, both exponents are <= 0. Yields m, the read's factor
+    write, exp(sum_{border<i<=t} g_i) on the read; both exponents are sums, both are <= 0. Yields m, the read's factor
     (second blocks) and the write's (first blocks); at last C, exp(sum_{i<=t}) and exp(sum_{i>s}) for the whole chunk.
+    A factor grows by exp of the *summed* logs of a whole block at every level: log2(C) roundings, not C of them.
     """
-    C, m = g.shape[-2], 1
-    read, write = g.clone(), torch.zeros_like(g)
+    C, m, total = g.shape[-2], 1, g
+    read, write = g.exp(), torch.ones_like(g)
     while m < C:
-        (r0, r1), (w0, w1) = _halves(read, m), _halves(write, m)
-        yield m, r1.exp(), w0.exp()
-        w0 += r1[..., -1:, :]
-        r1 += r0[..., -1:, :]
+        first, second = _halves(read, m)[1], _halves(write, m)[0]
+        yield m, first, second
+        (t0, t1), (e0, e1) = _halves(total, 1), _halves(total.exp(), 1)
+        first *= e0
+        second *= e1
+        total = (t0 + t1).squeeze(-2)
         m *= 2
-    yield C, read.exp_(), write.exp_()
+    yield C, read, write
 
 
 def _meet(rows: Tensor, cols: Tensor, read: Tensor, write: Tensor, m: int) -> tuple[Tensor, Tensor]:

@@ -48,48 +48,65 @@ class Chunked:
 
 
 class Sequence:
-    """All tokens of a call: names -> tensors [B, T, H, ...], filled in program order as they become known."""
+    """All tokens of a call as a mapping name -> tensor [B, T, H, ...]: what is asked for is computed, once.
+
+    Arguments come in the caller's dtype and are computed with in `wide` (float32, or float64 for float64 arguments).
+    """
 
     def __init__(self, recurrence: Recurrence, structure: Structure, inputs: Mapping[str, torch.Tensor], state: tuple, scale: float, schedule):
         self.recurrence, self.structure, self.schedule = recurrence, structure, schedule
         q = inputs["q"]
-        self.shape, self.width = q.shape, inputs["v"].shape[-1]
-        size = torch.tensor(q.shape[-1], dtype=q.dtype, device=q.device)  # a tensor, because a log decay may hold log(K)
-        self.env = {"torch": torch, "scale": scale, "K": size, "V": self.width, **per_token(recurrence, inputs)}
-        self.state = {s.name: x for s, x in zip(recurrence.states, state, strict=True)}
+        self.shape, self.width, self.dtype = q.shape, inputs["v"].shape[-1], q.dtype
+        self.wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        self.raw = per_token(recurrence, inputs)
         if recurrence.triple.architecture.key == "tempered":
-            self.env["k_raw"] = self.env.pop("k")
+            self.raw["k_raw"] = self.raw.pop("k")
+        self.state = {s.name: x for s, x in zip(recurrence.states, state, strict=True)}
         self.final: dict[str, torch.Tensor] = {}
-        self._fill()
-        for x in structure.autonomous:
-            if len(x.dims) < 2:
-                self._scan(x)
-                self._fill()
+        size = torch.tensor(q.shape[-1], dtype=self.wide, device=q.device)  # a tensor, because a log decay may hold log(K)
+        self.known = {"scale": scale, "K": size, "V": self.width}
+        self.small = {x.name: x for x in structure.autonomous if len(x.dims) < 2}
+        self.program = {s.name: s for s in recurrence.steps}
 
-    def _fill(self) -> None:
-        """Evaluate every assignment whose names are all known."""
-        for step in self.recurrence.steps:
-            if step.name in self.env or step.solve is not None or step.name in ("o", "variance"):
-                continue
-            if {name_of(x) for x in arrays(step.expr)} <= self.env.keys():
-                self.env[step.name] = self.value(step.expr, step.dims)
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self.known:
+            self.known[name] = self._make(name)
+        return self.known[name]
+
+    def _make(self, name: str) -> torch.Tensor:
+        if name in self.raw:
+            return self.raw[name].to(self.wide)
+        if name in self.small:
+            return self._scan(self.small[name])
+        step = self.program[name]  # a KeyError sends eval on to its globals
+        return self.value(step.expr, step.dims)
+
+    def get(self, name: str) -> torch.Tensor | None:
+        """An argument, or None where the triple has no such one."""
+        return self[name] if name in self.raw else None
 
     def value(self, expr: sp.Expr, dims: tuple) -> torch.Tensor:
         """An expression at every token, [B, T, H, ...] or broadcastable to it."""
-        result = eval(_code(sp.sympify(expr), dims), self.env)
-        return result if torch.is_tensor(result) else torch.as_tensor(result, dtype=self.env["q"].dtype)
+        result = eval(_code(sp.sympify(expr), dims), {"torch": torch}, self)
+        return result if torch.is_tensor(result) else torch.as_tensor(result, dtype=self.wide, device=self.raw["q"].device)
 
     def full(self, expr: sp.Expr, dims: tuple) -> torch.Tensor:
         """The same, expanded to [B, T, H, *channels]."""
         size = [{j: self.shape[-1], l: self.shape[-1], i: self.width}[d] for d in dims]
         return self.value(expr, dims).expand(*self.shape[:3], *size)
 
+    def factor(self, expr: sp.Expr, dims: tuple) -> torch.Tensor:
+        """A factor of a matmul, in the caller's dtype; a bare argument is handed on as it is."""
+        if isinstance(expr, sp.Indexed) and expr.indices == dims and name_of(expr) in self.raw:
+            return self.raw[name_of(expr)]
+        return self.full(expr, dims).to(self.dtype)
+
     def log_decay(self, decay: sp.Expr, dims: tuple) -> torch.Tensor:
         """log of a decay, from sums of logarithms: never exp and log again."""
         return self.full(_log(decay), dims)
 
-    def _scan(self, x: Autonomous) -> None:
-        """A small autonomous state at every token: before the update under its own name, its last value in `final`."""
+    def _scan(self, x: Autonomous) -> torch.Tensor:
+        """A small autonomous state as each token finds it; its last value goes to `final`."""
         start = self.state[x.name]
         if x.decay is None:
             states, last = self._token_by_token(x, start)
@@ -97,21 +114,21 @@ class Sequence:
             g = self.log_decay(x.decay, () if not channels(x.decay) else x.dims)
             g = g[..., None] if g.ndim == 3 and x.dims else g
             states, last = self.schedule.decayed_sum(g, self.full(x.drive, x.dims), start)
-        self.env[x.name] = self.schedule.previous(start, states)
         self.final[x.name] = last
+        return self.schedule.previous(start, states)
 
     def _token_by_token(self, x: Autonomous, state: torch.Tensor):
         """A nonlinear state has no closed form over tokens: its own few lines of the program, one token at a time."""
         chain = [s for s in self.recurrence.steps if s.name.startswith(x.name + "_")]
         program = compile("\n".join(assignment(s) for s in chain), f"<{x.name}>", "exec")
-        used = {name_of(y) for s in chain for y in arrays(s.expr)} & self.env.keys()
-        moving = {n: self.env[n] for n in used if torch.is_tensor(self.env[n]) and self.env[n].ndim > 2 and n not in self._static()}
-        fixed = {n: self.env[n] for n in self.env if n not in moving}
-        out = []
+        used = {name_of(y) for s in chain for y in arrays(s.expr)} - {s.name for s in chain} - {x.name}
+        whole = {n: self[n] for n in used}
+        moving = {n for n, y in whole.items() if torch.is_tensor(y) and y.ndim > 2 and n not in self._static()}
+        new, out = dict(self.recurrence.updates)[x.name], []
         for t in range(self.shape[1]):
-            env = {**fixed, **{n: y[:, t] for n, y in moving.items()}, x.name: state}
+            env = {"torch": torch, x.name: state, **{n: y[:, t] if n in moving else y for n, y in whole.items()}}
             exec(program, env)
-            state = env[dict(self.recurrence.updates)[x.name]]
+            state = env[new]
             out.append(state)
         return torch.stack(out, 1), state
 
@@ -140,11 +157,15 @@ def run(recurrence: Recurrence, structure: Structure, plan: Plan, inputs: Mappin
     """
     seq = Sequence(recurrence, structure, inputs, state, scale, schedule or Chunked())
     o, var, final = {"linear": _matmul, "rank one": _matmul, "elementwise": _elementwise, "solve": _solve}[plan.family](seq, variance)
-    o = o + seq.full(_input_part(structure, recurrence), (i,))
+    direct = _input_part(structure, recurrence)
+    if direct != 0:
+        o = o + seq.full(direct, (i,))
     if variance and var is None:
         step = next(s for s in recurrence.steps if s.name == "variance")
         var = seq.full(step.expr, (i,))
-    final = {**seq.final, **final}
+    for name in seq.small:
+        seq[name]  # a small state that nothing read still has a last value
+    final |= seq.final
     return o, var, tuple(final[s.name] for s in recurrence.states)
 
 
@@ -164,8 +185,8 @@ class _Micro:
         self.wide = any(channels(x.decay) for x in s.steps)
         decay = lambda x: seq.log_decay(x.decay, (j,) if self.wide else ())  # noqa: E731
         self.g = self.lay([decay(x) for x in s.steps])
-        self.key = self.lay([seq.full(x.key if x.key is not None else sp.S.Zero, (j,)) for x in s.steps])
-        self.value = self.lay([seq.full(x.value if x.value is not None else sp.S.Zero, (i,)) for x in s.steps])
+        self.key = self.lay([seq.factor(x.key if x.key is not None else sp.S.Zero, (j,)) for x in s.steps])
+        self.value = self.lay([seq.factor(x.value if x.value is not None else sp.S.Zero, (i,)) for x in s.steps])
 
     def lay(self, parts: list[torch.Tensor]) -> torch.Tensor:
         """[B, T, H, ...] for each step -> [B, T n, H, ...]."""
@@ -191,7 +212,7 @@ def _matmul(seq: Sequence, variance: bool):
     q = m.repeat(q)
     start = seq.state[s.mean] - shift
     if s.transition == "rank one":
-        write, read = (m.lay([seq.full(getattr(x, part) if x.write is not None else sp.S.Zero, (j,)) for x in s.steps]) for part in ("write", "read"))
+        write, read = (m.lay([seq.factor(getattr(x, part) if x.write is not None else sp.S.Zero, (j,)) for x in s.steps]) for part in ("write", "read"))
         o, last = seq.schedule.rank_one(q, read, write, m.key, m.value, m.g, start, scale=scale, before=s.before)
     else:
         o, last = seq.schedule.linear(q, m.key, m.value, m.g, start, scale=scale, before=s.before)
@@ -202,7 +223,7 @@ def _matmul(seq: Sequence, variance: bool):
 def _query(seq: Sequence, weight: sp.Expr) -> tuple[torch.Tensor, float]:
     """What reads the state: the query itself and its scale, or their product with a rescaling."""
     bare = _unscaled(weight)
-    return (seq.full(weight, (j,)), 1.0) if bare is None else (seq.full(bare, (j,)), seq.env["scale"])
+    return (seq.factor(weight, (j,)), 1.0) if bare is None else (seq.factor(bare, (j,)), seq["scale"])
 
 
 @cache
@@ -241,15 +262,14 @@ def _elementwise(seq: Sequence, variance: bool):
     (precision,) = s.autonomous
     pairs = [_bare(x) for x in s.steps]
     drives = [separate(x) for x in _drives(seq, precision.name)]
-    key = m.lay([seq.full(k, (j,)) for k, _ in pairs])
-    value = m.lay([seq.full(v, (i,)) for _, v in pairs])
+    key = m.lay([seq.factor(k, (j,)) for k, _ in pairs])
+    value = m.lay([seq.factor(v, (i,)) for _, v in pairs])
     spread = m.lay([seq.full(x or sp.S.Zero, (j,)) for x, _, _ in drives])
     b = m.lay([seq.full(y or sp.S.Zero, (i,)) for _, y, _ in drives])
     prior = seq.value(prior_precision(t), (j, i))
-    bonus = seq.env.get("bonus") if t.architecture.bonus else None
     o, var, last, excess = seq.schedule.elementwise(
-        m.repeat(seq.env["q"]), key, value, b, m.g, prior, seq.state[s.mean], seq.state[precision.name],
-        scale=seq.env["scale"], spread=spread, before=s.before, bonus=bonus, variance=variance,
+        m.repeat(seq.raw["q"]), key, value, b, m.g, prior, seq.state[s.mean], seq.state[precision.name],
+        scale=seq["scale"], spread=spread, before=s.before, bonus=seq.get("bonus"), variance=variance,
     )  # fmt: skip
     return m.pick(o), m.pick(var) if variance else None, {s.mean: last, precision.name: excess}
 
@@ -264,10 +284,10 @@ def _solve(seq: Sequence, variance: bool):
     prior = seq.value(prior_precision(t), (j,)) if t.prior.adaptive is None else None
     if prior is not None:
         prior = prior.expand(seq.shape[2], seq.shape[3])
-    scale = seq.env["scale"]
+    scale = seq["scale"]
     o, var, last, excess = chunked.solve(
-        m.repeat(seq.env["q"]), lay(keys, (j,)), lay([v for _, v in pairs], (i,)), lay(gains, ()), m.g, prior,
+        m.repeat(seq["q"]), lay(keys, (j,)), lay([v for _, v in pairs], (i,)), lay(gains, ()), m.g, prior,
         seq.state[s.mean], seq.state[precision.name], before=s.before, variance=variance,
-        ridge=seq.env.get("ridge"), mix=None if "mix" not in seq.env else m.repeat(seq.env["mix"]),
+        ridge=seq.get("ridge"), mix=m.repeat(seq["mix"]) if t.architecture.mix else None,
     )  # fmt: skip
     return scale * m.pick(o), scale**2 * m.pick(var) if variance else None, {s.mean: last, precision.name: excess}
