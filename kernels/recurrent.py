@@ -60,15 +60,24 @@ class _Launch:
         self.blocks = triton.cdiv(self.V, self.BV)
         self.rows = self.N * self.H
         self.grid = (self.blocks, self.rows)
-        self.options = {"BK": self.BK, "BV": self.BV, "ACC": _acc(q), "num_warps": 4 if self.BK * self.BV >= 2048 else 2}
+        self.options = {
+            "BK": self.BK,
+            "BV": self.BV,
+            "ACC": _acc(q),
+            "num_warps": 4 if self.BK * self.BV >= 2048 else 2,
+        }
 
     def per_state(self, *lead: int) -> list[Tensor]:
         """One empty buffer a state, [*lead, channels]."""
-        return [self.q.new_empty([*lead, *_shape(s.dims, self.K, self.V)], dtype=_wide(self.q)) for s in self.spec.states]
+        return [
+            self.q.new_empty([*lead, *_shape(s.dims, self.K, self.V)], dtype=_wide(self.q)) for s in self.spec.states
+        ]
 
 
 @torch.library.custom_op("unify::recurrent", mutates_args=())
-def recurrent(key: str, inputs: list[Tensor], state: list[Tensor], offsets: Tensor, scale: float, variance: bool, marks: bool) -> list[Tensor]:
+def recurrent(
+    key: str, inputs: list[Tensor], state: list[Tensor], offsets: Tensor, scale: float, variance: bool, marks: bool
+) -> list[Tensor]:
     """Forward over packed sequences.
 
     inputs: the op's arguments in the printed module's order, [B, T, H, ...] or static [H, ...]; state: [N, H, ...];
@@ -76,14 +85,16 @@ def recurrent(key: str, inputs: list[Tensor], state: list[Tensor], offsets: Tens
     Returns [o, variance (empty if not asked for), *final states, *marks (empty if not asked for)].
     """
     at = _Launch(key, inputs, offsets)
-    o = torch.empty_like(at.inputs["v"][:, : at.q.shape[1]].expand(*at.q.shape[:3], at.V), memory_format=torch.contiguous_format, dtype=at.q.dtype)
+    o = at.q.new_empty([*at.q.shape[:3], at.V])
     var = torch.empty_like(o) if variance else o.new_empty(0)
     ends = at.per_state(at.N, at.H)
     kept = at.per_state(_mark_count(at.tokens, at.N) if marks else 0, at.H)
+    buffers = (*ends, *kept, o, var, offsets, _marks_at(offsets))
+    sizes = (scale, at.H, at.K, at.V, EVERY)
+    start = (x.contiguous() for x in state)
     at.code.forward[at.grid](
-        *at.inputs.values(), *(s.contiguous() for s in state), *ends, *kept, o, var, offsets, _marks_at(offsets), scale, at.H, at.K, at.V, EVERY,
-        VARIANCE=variance, MARKS=marks, **at.options,
-    )  # fmt: skip
+        *at.inputs.values(), *start, *buffers, *sizes, VARIANCE=variance, MARKS=marks, **at.options
+    )
     return [o, var, *ends, *kept]
 
 
@@ -97,17 +108,26 @@ def _(key, inputs, state, offsets, scale, variance, marks):
 
 @torch.library.custom_op("unify::recurrent_backward", mutates_args=())
 def recurrent_backward(
-    key: str, inputs: list[Tensor], marks: list[Tensor], offsets: Tensor, scale: float, d_o: Tensor, d_variance: Tensor, d_ends: list[Tensor]
+    key: str,
+    inputs: list[Tensor],
+    marks: list[Tensor],
+    offsets: Tensor,
+    scale: float,
+    d_o: Tensor,
+    d_variance: Tensor,
+    d_ends: list[Tensor],
 ) -> list[Tensor]:
     """Gradients of the inputs (in order, empty where there is none), then of the initial states."""
     at = _Launch(key, inputs, offsets)
     grads = _gradient_buffers(at)
-    starts = [at.q.new_empty([*([] if "i" in s.dims else [at.blocks]), at.N, at.H, *_shape(s.dims, at.K, at.V)], dtype=_wide(at.q)) for s in at.spec.states]
-    kept = at.per_state(at.blocks * at.rows, EVERY)
+    starts = _start_buffers(at)
+    ends = (x.contiguous() for x in d_ends)
+    buffers = (*marks, *at.per_state(at.blocks * at.rows, EVERY), *ends, *grads.values(), *starts)
+    outside = (d_o.contiguous(), d_variance.contiguous(), offsets, _marks_at(offsets))
+    sizes = (scale, at.H, at.K, at.V, at.tokens, at.rows, EVERY)
     at.code.backward[at.grid](
-        *at.inputs.values(), *marks, *kept, *(x.contiguous() for x in d_ends), *grads.values(), *starts, d_o.contiguous(), d_variance.contiguous(), offsets,
-        _marks_at(offsets), scale, at.H, at.K, at.V, at.tokens, at.rows, EVERY, VARIANCE=d_variance.numel() > 0, **at.options,
-    )  # fmt: skip
+        *at.inputs.values(), *buffers, *outside, *sizes, VARIANCE=d_variance.numel() > 0, **at.options
+    )
     slots = {x.argument: x for x in at.spec.inputs}
     out = []
     for name, x in at.inputs.items():
@@ -120,8 +140,19 @@ def _gradient_buffers(at: _Launch) -> dict[str, Tensor]:
     out = {}
     for x in at.spec.inputs:
         if x.name in at.spec.graded and x.argument not in out:
-            shape = [at.N, at.H, *_shape(x.dims, at.K, at.V)] if x.per == "static" else list(at.inputs[x.argument].shape)
+            shape = (
+                [at.N, at.H, *_shape(x.dims, at.K, at.V)] if x.per == "static" else list(at.inputs[x.argument].shape)
+            )
             out[x.argument] = at.q.new_empty(shape if "i" in x.dims else [at.blocks, *shape], dtype=_wide(at.q))
+    return out
+
+
+def _start_buffers(at: _Launch) -> list[Tensor]:
+    """Gradients of the initial states; without value channels, one share per block of them."""
+    out = []
+    for s in at.spec.states:
+        shares = [] if "i" in s.dims else [at.blocks]
+        out.append(at.q.new_empty([*shares, at.N, at.H, *_shape(s.dims, at.K, at.V)], dtype=_wide(at.q)))
     return out
 
 
@@ -135,7 +166,9 @@ def _summed(grad: Tensor, slot) -> Tensor:
 def _(key, inputs, marks, offsets, scale, d_o, d_variance, d_ends):
     at = _Launch(key, inputs, offsets)
     graded = {x.argument for x in at.spec.inputs if x.name in at.spec.graded}
-    return [torch.empty_like(x) if name in graded else x.new_empty(0) for name, x in at.inputs.items()] + [torch.empty_like(x) for x in d_ends]
+    return [torch.empty_like(x) if name in graded else x.new_empty(0) for name, x in at.inputs.items()] + [
+        torch.empty_like(x) for x in d_ends
+    ]
 
 
 def _keep(ctx, inputs, output):

@@ -20,7 +20,20 @@ def _join(g1, x1, g2, x2):
 
 
 @triton.jit
-def _forward(g_ptr, x_ptr, start_ptr, y_ptr, end_ptr, offsets, H, D, per_channel: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, ACC: tl.constexpr):
+def _forward(
+    g_ptr,
+    x_ptr,
+    start_ptr,
+    y_ptr,
+    end_ptr,
+    offsets,
+    H,
+    D,
+    per_channel: tl.constexpr,
+    TOKENS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    ACC: tl.constexpr,
+):
     block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     n, h = row // H, row % H
     first, last = tl.load(offsets + n), tl.load(offsets + n + 1)
@@ -34,7 +47,9 @@ def _forward(g_ptr, x_ptr, start_ptr, y_ptr, end_ptr, offsets, H, D, per_channel
         total, own = tl.associative_scan((g, x), 0, _join)
         out = tl.exp(total) * y[None, :] + own
         tl.store(y_ptr + ((t * H + h) * D)[:, None] + d[None, :], out, mask=live)
-        y = tl.sum(tl.where(rows[:, None] == TOKENS - 1, out, 0.0), 0)  # past the end nothing decays, so this is the last
+        y = tl.sum(
+            tl.where(rows[:, None] == TOKENS - 1, out, 0.0), 0
+        )  # past the end nothing decays, so this is the last
     tl.store(end_ptr + row * D + d, y, mask=d < D)
 
 
@@ -48,7 +63,20 @@ def _decay(g_ptr, t, h, d, H, D, live, per_channel: tl.constexpr):
 
 
 @triton.jit
-def _backward(g_ptr, dy_ptr, d_end_ptr, dx_ptr, d_start_ptr, offsets, H, D, per_channel: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, ACC: tl.constexpr):
+def _backward(
+    g_ptr,
+    dy_ptr,
+    d_end_ptr,
+    dx_ptr,
+    d_start_ptr,
+    offsets,
+    H,
+    D,
+    per_channel: tl.constexpr,
+    TOKENS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """dx_t = dy_t + exp(g_{t+1}) dx_{t+1}, backwards over blocks; at the first token exp(g_1) dx_1 is the state's."""
     block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     n, h = row // H, row % H
@@ -74,7 +102,13 @@ def _backward(g_ptr, dy_ptr, d_end_ptr, dx_ptr, d_start_ptr, offsets, H, D, per_
 
 def _options(x: Tensor, g: Tensor) -> dict:
     wide = tl.float64 if x.dtype == torch.float64 else tl.float32
-    return {"per_channel": g.ndim == x.ndim and g.shape[-1] == x.shape[-1], "TOKENS": TOKENS, "CHANNELS": CHANNELS, "ACC": wide, "num_warps": 4}
+    return {
+        "per_channel": g.ndim == x.ndim and g.shape[-1] == x.shape[-1],
+        "TOKENS": TOKENS,
+        "CHANNELS": CHANNELS,
+        "ACC": wide,
+        "num_warps": 4,
+    }
 
 
 @torch.library.custom_op("unify::decayed_sum", mutates_args=())
@@ -95,7 +129,9 @@ def _(g, x, x0, offsets):
 def _sum_backward(g: Tensor, dy: Tensor, d_end: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     dx, d_start = torch.empty_like(dy), torch.empty_like(d_end)
     D, H = dy.shape[-1], dy.shape[-2]
-    _backward[(triton.cdiv(D, CHANNELS), d_end.shape[0] * H)](g, dy, d_end, dx, d_start, offsets, H, D, **_options(dy, g))
+    _backward[(triton.cdiv(D, CHANNELS), d_end.shape[0] * H)](
+        g, dy, d_end, dx, d_start, offsets, H, D, **_options(dy, g)
+    )
     return dx, d_start
 
 

@@ -17,7 +17,9 @@ EXTRA = {
     "isotropic": Triple(Architecture("key", importance="head"), Posterior("isotropic"), Prior("key")),
     "row coupled": get("gated_deltanet").triple.metaplastic("value"),
     "prior mean": Triple(Architecture("head", importance="value"), Posterior("diagonal"), Prior("head", mean="entry")),
-    "full per row": Triple(Architecture("head", value="observation", precision="value"), Posterior("full"), Prior("key")),
+    "full per row": Triple(
+        Architecture("head", value="observation", precision="value"), Posterior("full"), Prior("key")
+    ),
 }
 
 
@@ -57,7 +59,14 @@ def gradients(triple, program=None, seed=0):
     loss = sum((x * w).sum() for x, w in zip((o, variance, *new), weights, strict=True))
     expected = torch.autograd.grad(loss, list(own.values()), allow_unused=True)
 
-    space = {"torch": torch, "scale": 0.7, "K": 3, "V": 4, "eye": torch.eye(3, dtype=torch.float64), **{n: x.detach() for n, x in own.items()}}
+    space = {
+        "torch": torch,
+        "scale": 0.7,
+        "K": 3,
+        "V": 4,
+        "eye": torch.eye(3, dtype=torch.float64),
+        **{n: x.detach() for n, x in own.items()},
+    }
     if triple.architecture.key == "tempered":
         space["k_raw"] = space["k"]
     for step in recurrence.steps:

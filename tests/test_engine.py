@@ -18,8 +18,8 @@ from unify.triple import Architecture, Observation, Posterior, Prior, Triple
 
 PLANS = {
     "linear": "linear_attention retnet lightning mamba2 gla hgrn2 lightnet rodimus rwkv6 palimpsa_key",
-    "rank one": "deltanet gated_deltanet kda gated_deltanet2 comba comba_decayed gated_deltaproduct rwkv7 preconditioned_gdn preconditioned_kda "
-    "longhorn kdn mean_field_delta meta_deltanet meta_gdn meta_kda",
+    "rank one": "deltanet gated_deltanet kda gated_deltanet2 comba comba_decayed gated_deltaproduct rwkv7 "
+    "preconditioned_gdn preconditioned_kda longhorn kdn mean_field_delta meta_deltanet meta_gdn meta_kda",
     "elementwise": "palimpsa metamamba2 meta_linear_attention meta_retnet meta_gla meta_hgrn2",
     "solve": "mesanet gated_kalmanet",
     "recurrent": "kla",
@@ -32,40 +32,52 @@ def equations(name, phase):
 
 def test_palimpsa_is_what_the_paper_says():
     assert equations("palimpsa", "predict") == ["Ibar_p[j, i] = alpha*Ibar[j, i]", "M_p[j, i] = alpha*M[j, i]"]
-    assert equations("palimpsa", "observe") == ["Ibar_new[j, i] = Ibar_p[j, i] + importance[i]*k[j]**2", "M_new[j, i] = M_p[j, i] + k[j]*v[i]"]
+    assert equations("palimpsa", "observe") == [
+        "Ibar_new[j, i] = Ibar_p[j, i] + importance[i]*k[j]**2",
+        "M_new[j, i] = M_p[j, i] + k[j]*v[i]",
+    ]
     assert equations("palimpsa", "read")[0] == "o[i] = scale*sum_j(q[j]*M_new[j, i]/(prior_precision + Ibar_new[j, i]))"
 
 
 def test_longhorn_closed_form_comes_out_of_the_contraction():
-    assert equations("longhorn", "observe") == ["e[i] = v[i] - sum_l(k[l]*S[l, i])", "c1 = sum_l(k[l]**2)", "S_new[j, i] = S[j, i] + beta*k[j]*e[i]/(1 + beta*c1)"]
+    assert equations("longhorn", "observe") == [
+        "e[i] = v[i] - sum_l(k[l]*S[l, i])",
+        "c1 = sum_l(k[l]**2)",
+        "S_new[j, i] = S[j, i] + beta*k[j]*e[i]/(1 + beta*c1)",
+    ]
 
 
 def test_mean_field_and_palimpsa_stay_two_posteriors():
     vb, palimpsa = get("mean_field_delta").triple, get("palimpsa").triple
     assert vb.posterior != palimpsa.posterior
-    assert derive(vb).carries == "mean" and derive(palimpsa).carries == "natural"
+    assert (derive(vb).carries, derive(palimpsa).carries) == ("mean", "natural")
 
 
 @pytest.mark.parametrize("name", ZOO)
 def test_every_derivation_is_stationary_where_it_was_not_derived(name):
     done = confirm(get(name).triple, sizes=((1, 2), (3, 2)), seed=7)
-    assert done.gradients > 0 and done.smallest_minor > 0
+    assert min(done.gradients, done.smallest_minor) > 0
 
 
 @pytest.mark.parametrize("name", ["palimpsa", "gated_deltanet", "mesanet", "kdn", "longhorn"])
 def test_confirm_sees_a_wrong_update(name):
     right = derive(get(name).triple)
     state = {"M": "M_new", "S": "S_new"}[structure(right).mean]
-    steps = tuple(replace(s, expr=s.expr + array("k", (j,)) * array("v", (i,)) / 100) if s.name == state else s for s in right.steps)
+    steps = tuple(
+        replace(s, expr=s.expr + array("k", (j,)) * array("v", (i,)) / 100) if s.name == state else s
+        for s in right.steps
+    )
     with pytest.raises(UnifyError, match="not stationary"):
         confirm(get(name).triple, recurrence=replace(right, steps=steps))
 
 
-@pytest.mark.parametrize("name, state", [("palimpsa", "Ibar_new"), ("meta_gdn", "Ibar_new"), ("kdn", "Lambda_new"), ("mesanet", "P_new")])
+@pytest.mark.parametrize(
+    "name, state", [("palimpsa", "Ibar_new"), ("meta_gdn", "Ibar_new"), ("kdn", "Lambda_new"), ("mesanet", "P_new")]
+)
 def test_confirm_sees_a_wrong_precision(name, state):
     right = derive(get(name).triple)
     steps = tuple(replace(s, expr=s.expr * sp.Rational(101, 100)) if s.name == state else s for s in right.steps)
-    with pytest.raises(UnifyError, match="stationary|not the"):
+    with pytest.raises(UnifyError, match=r"stationary|not the"):
         confirm(get(name).triple, recurrence=replace(right, steps=steps))
 
 
@@ -110,7 +122,7 @@ def test_every_stage_prints_as_text_and_latex(name):
     for stage in (triple, free_energy(triple), derive(triple)):
         assert len(str(stage)) > 40
         tex = stage.latex()
-        assert tex.count("{") == tex.count("}") and len(tex) > 40
+        assert tex.count("{") == tex.count("}") > 0
     assert "read" in str(structure(derive(triple)))
 
 
@@ -126,7 +138,10 @@ def test_stages_are_frozen_and_equal_by_value():
 
 def test_prior_mean_is_what_forgetting_returns_to():
     triple = Triple(Architecture("head"), Posterior("diagonal"), Prior(mean="entry"))
-    values = {name: np.array(x, dtype=object) for name, x in {"q": [1], "k": [0], "v": [0], "prior_mean": [[5]], "M": [[8]], "Ibar": [[0]]}.items()}
+    values = {
+        name: np.array(x, dtype=object)
+        for name, x in {"q": [1], "k": [0], "v": [0], "prior_mean": [[5]], "M": [[8]], "Ibar": [[0]]}.items()
+    }
     values |= {"alpha": sp.Rational(1, 2), "scale": 1}
     assert derive(triple).run(values, (1, 1))["o"][0] == 9  # mu_0 + alpha (mu - mu_0) = 5 + (13 - 5) / 2
 

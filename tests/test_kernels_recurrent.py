@@ -47,7 +47,9 @@ def results(op, inputs, state, weights, **options):
     """Outputs and gradients of a random functional of all of them."""
     leaves = {n: x.detach().clone().requires_grad_() for n, x in inputs.items()}
     start = [x.detach().clone().requires_grad_() for x in state]
-    o, variance, end = op(**leaves, initial_state=tuple(start), output_final_state=True, return_variance=True, **options)
+    o, variance, end = op(
+        **leaves, initial_state=tuple(start), output_final_state=True, return_variance=True, **options
+    )
     out = {"o": o, "variance": variance, **end._asdict()}
     loss = sum((x.to(torch.float64) * weights[n].to(x.device)).sum() for n, x in out.items())
     names = [*leaves, *(f"initial {n}" for n in end._fields)]
@@ -77,7 +79,10 @@ def compare(triple, lengths, H, K, V, device="cpu", dtype=torch.float64, seed=0)
     state = start_of(oracle, len(lengths), H, K, V, make)
     weights = {"o": torch.randn(1, sum(lengths), H, V, generator=make, dtype=torch.float64)}
     weights["variance"] = torch.randn(1, sum(lengths), H, V, generator=make, dtype=torch.float64)
-    weights |= {s.name: symmetric(s.name, torch.randn(x.shape, generator=make, dtype=torch.float64)) for s, x in zip(oracle.recurrence.states, state, strict=True)}
+    weights |= {
+        s.name: symmetric(s.name, torch.randn(x.shape, generator=make, dtype=torch.float64))
+        for s, x in zip(oracle.recurrence.states, state, strict=True)
+    }
     cast = {n: x.to(dtype) for n, x in inputs.items()}
     exact = results(oracle, {n: x.double() for n, x in cast.items()}, state, weights, cu_seqlens=offsets)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -88,7 +93,10 @@ def compare(triple, lengths, H, K, V, device="cpu", dtype=torch.float64, seed=0)
 
 def worst(exact: dict, found: dict) -> dict[str, float]:
     assert exact.keys() == found.keys()
-    return {n: ((found[n].double().cpu() - x.cpu()).norm() / x.norm().clamp(min=1e-30)).nan_to_num(nan=torch.inf).item() for n, x in exact.items()}
+    return {
+        n: ((found[n].double().cpu() - x.cpu()).norm() / x.norm().clamp(min=1e-30)).nan_to_num(nan=torch.inf).item()
+        for n, x in exact.items()
+    }
 
 
 SQUASHED = ("preconditioned_gdn", "preconditioned_kda")  # their constants reach the kernel as float32
@@ -113,11 +121,13 @@ def test_a_wrong_kernel_is_seen(small, monkeypatch):
     from unify.lower import launch, triton
 
     printed = triton.module(compile(get("mamba2").triple).recurrence)
-    wrong = replace(printed, source=printed.source.replace("S_p = alpha * S", "S_p = alpha * S * 1.001"), key=printed.key[::-1])
+    wrong = replace(
+        printed, source=printed.source.replace("S_p = alpha * S", "S_p = alpha * S * 1.001"), key=printed.key[::-1]
+    )
     assert wrong.source != printed.source
     monkeypatch.setattr(launch, "module", lambda _: wrong)
     forward, backward = compare(get("mamba2").triple, (3,), H=1, K=2, V=2)
-    assert max(forward.values()) > 1e-5 and max(backward.values()) > 1e-5
+    assert min(max(forward.values()), max(backward.values())) > 1e-5
 
 
 def test_long_enough_for_real_segments(monkeypatch, tmp_path):

@@ -1,6 +1,7 @@
 """The decayed-sum kernel against a float64 loop, forward and every gradient, in the interpreter (or on a GPU)."""
 
 import os
+from itertools import pairwise
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def loop(g, x, x0, offsets):
     out, ends = [], []
-    for n, (a, b) in enumerate(zip(offsets, offsets[1:], strict=False)):
+    for n, (a, b) in enumerate(pairwise(offsets)):
         y = x0[n]
         for t in range(a, b):
             y = g[0, t].exp() * y + x[0, t]

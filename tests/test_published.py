@@ -8,6 +8,7 @@ parametrisation, numbers worked out on paper. Every model must have at least one
 import ast
 import inspect
 from pathlib import Path
+
 import pytest
 import torch
 from golden_cases import CASES, EXACT, GOLDEN, TOLERANCE, assert_agree
@@ -15,12 +16,12 @@ from golden_cases import CASES, EXACT, GOLDEN, TOLERANCE, assert_agree
 import unify.models.published as published
 from unify.models.published import PUBLISHED
 
+
 @pytest.fixture(autouse=True)
 def _float64():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
-
 
 
 def test_every_golden_file_is_used():

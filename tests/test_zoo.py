@@ -50,7 +50,11 @@ def test_every_zoo_model_is_published_and_every_published_one_is_in_the_zoo():
 def test_metaplastic_models_are_made_from_their_sources():
     assert get("metamamba2").triple == get("mamba2").triple.metaplastic()
     for model in ZOO.values():
-        fixed = model.triple.curvature == "none" and model.triple.prior.adaptive is None and model.triple.prior.dynamics == "power"
+        fixed = (
+            model.triple.curvature == "none"
+            and model.triple.prior.adaptive is None
+            and model.triple.prior.dynamics == "power"
+        )
         if fixed:
             assert model.triple.metaplastic().curvature in ("diagonal", "key")
         else:

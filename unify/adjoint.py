@@ -78,7 +78,9 @@ def _back(step: Assign, bar: sp.Expr, total: dict, steps: list[Assign]) -> None:
         right = array(f"s_{step.name}", step.dims)
         steps.append(Assign("adjoint", f"s_{step.name}", step.dims, bar, step.solve))
         outer = -right * at_index(array(step.name, step.dims), j, l)
-        _spread(_over(outer * step.solve, tuple(x for x in (j, l, i) if x in {*step.dims, l})), arrays(step.solve), total)
+        _spread(
+            _over(outer * step.solve, tuple(x for x in (j, l, i) if x in {*step.dims, l})), arrays(step.solve), total
+        )
     _spread(_over(right * step.expr, step.dims), arrays(step.expr), total)
 
 
@@ -99,7 +101,11 @@ def _spread(scalar: sp.Expr, read: set, total: dict) -> None:
     for name, where in shapes.items():
         if name == "scale":
             continue
-        slope = derivative(scalar, array(name, tuple(_FRESH[y] for y in own_indices(where)))) if where else collapse(sp.diff(scalar, array(name)))
+        slope = (
+            derivative(scalar, array(name, tuple(_FRESH[y] for y in own_indices(where))))
+            if where
+            else collapse(sp.diff(scalar, array(name)))
+        )
         for old, new in zip((r, a, h), (i, j, l), strict=True):
             slope = at_index(slope, old, new)
         total[name] = collapse(total.get(name, sp.S.Zero) + slope)

@@ -21,7 +21,21 @@ from .recurrence import Input, Recurrence, State
 from .symbols import SIZE, K, V, array, concrete, i, j, l, put
 from .triple import Triple
 
-POSITIVE = {"importance", "beta", "prior_precision", "noise", "Ibar", "Lambda", "A", "gain", "ridge", "temperature", "scale", "alpha", "mix"}
+POSITIVE = {
+    "importance",
+    "beta",
+    "prior_precision",
+    "noise",
+    "Ibar",
+    "Lambda",
+    "A",
+    "gain",
+    "ridge",
+    "temperature",
+    "scale",
+    "alpha",
+    "mix",
+}
 
 
 @dataclass(frozen=True)
@@ -37,7 +51,12 @@ class Confirmation:
         return f"F_t stationary at {at} (K x V): {self.gradients} gradient entries exactly 0, Hessian positive definite"
 
 
-def confirm(triple: Triple, sizes: tuple[tuple[int, int], ...] = ((1, 1), (2, 2), (3, 1)), seed: int = 0, recurrence: Recurrence | None = None) -> Confirmation:
+def confirm(
+    triple: Triple,
+    sizes: tuple[tuple[int, int], ...] = ((1, 1), (2, 2), (3, 1)),
+    seed: int = 0,
+    recurrence: Recurrence | None = None,
+) -> Confirmation:
     """Check that the recurrence minimises F_t at random rational points.
 
     recurrence: a program to test in place of the derived one. Raises UnifyError naming the stage that is not stationary.
@@ -63,7 +82,11 @@ def random_values(recurrence: Recurrence, size: tuple[int, int], rng: random.Ran
         for name in _shares(x, recurrence):
             values[name] = _draw(name, shape, rng)
     for step in recurrence.steps:
-        if step.name in ("alpha", "alpha_importance") or (step.name == "k" and recurrence.triple.architecture.key == "tempered") or step.name == "prior_precision":
+        if (
+            step.name in ("alpha", "alpha_importance")
+            or (step.name == "k" and recurrence.triple.architecture.key == "tempered")
+            or step.name == "prior_precision"
+        ):
             values[step.name] = _draw(step.name, [of[SIZE[d]] for d in step.dims], rng)
     values["scale"] = sp.Rational(2, 3)
     return values
@@ -78,14 +101,20 @@ def _shares(x: Input | State, recurrence: Recurrence) -> list[str]:
 def _draw(name: str, shape: list[int], rng: random.Random):
     stem = name.split("_")[0] if name.rpartition("_")[2].isdigit() else name
     if stem == "P":  # a positive semi-definite excess
-        root = np.array([[sp.Rational(rng.randint(-4, 4), 3) for _ in range(shape[1])] for _ in range(shape[0])], dtype=object)
+        root = np.array(
+            [[sp.Rational(rng.randint(-4, 4), 3) for _ in range(shape[1])] for _ in range(shape[0])], dtype=object
+        )
         full = root @ root.T
         return full if len(shape) == 2 else np.stack([full] * shape[2], axis=-1)
 
     def one():
         if stem.startswith(("alpha", "mix")):
             return sp.Rational(rng.randint(1, 8), 9)
-        return sp.Rational(rng.randint(1, 9), rng.randint(2, 5)) if stem in POSITIVE else sp.Rational(rng.randint(-9, 9), 4)
+        return (
+            sp.Rational(rng.randint(1, 9), rng.randint(2, 5))
+            if stem in POSITIVE
+            else sp.Rational(rng.randint(-9, 9), 4)
+        )
 
     out = np.empty(shape, dtype=object)
     for at in product(*map(range, shape)):
@@ -93,7 +122,15 @@ def _draw(name: str, shape: list[int], rng: random.Random):
     return out if shape else out.item()
 
 
-def _stage(recurrence: Recurrence, energy: FreeEnergy, n: int, env: Mapping, size: tuple[int, int], row: int, rng: random.Random):
+def _stage(
+    recurrence: Recurrence,
+    energy: FreeEnergy,
+    n: int,
+    env: Mapping,
+    size: tuple[int, int],
+    row: int,
+    rng: random.Random,
+):
     """Gradient and Hessian of the n-th F_t at the program's own update, for one value channel."""
     sizes = {K: size[0], V: size[1]}
     values = dict(env)
@@ -114,11 +151,19 @@ def _stage(recurrence: Recurrence, energy: FreeEnergy, n: int, env: Mapping, siz
     point = {**at_mean, **best}
     slopes = [sp.nsimplify(x.subs(point)) for x in [*slope_m, *slope_sigma]]
     if any(x != 0 for x in slopes):
-        raise UnifyError(str(recurrence.triple), f"F_t is not stationary at the update of observation {n + 1} (K x V = {size}): gradient {slopes}", "mend the recurrence")
+        raise UnifyError(
+            str(recurrence.triple),
+            f"F_t is not stationary at the update of observation {n + 1} (K x V = {size}): gradient {slopes}",
+            "mend the recurrence",
+        )
     hessian = sp.hessian(total, [*unknown_m, *unknown_sigma]).subs(point)
     minors = [hessian[:x, :x].det() for x in range(1, hessian.rows + 1)]
     if any(x <= 0 for x in minors):
-        raise UnifyError(str(recurrence.triple), f"F_t is not convex at the update of observation {n + 1} (K x V = {size})", "mend the declaration")
+        raise UnifyError(
+            str(recurrence.triple),
+            f"F_t is not convex at the update of observation {n + 1} (K x V = {size})",
+            "mend the declaration",
+        )
     return len(slopes), min(minors)
 
 
@@ -179,12 +224,14 @@ def _unknowns(energy: FreeEnergy, size: tuple[int, int], row: int):
     sigma = np.empty(shape, dtype=object)
     for at in np.ndindex(*shape):
         key = sorted(at[:2]) if energy.full else at[:1]
-        sigma[at] = sp.Symbol("Sigma" + "_".join(map(str, (*key, *at[len(key):]))), positive=True)
+        sigma[at] = sp.Symbol("Sigma" + "_".join(map(str, (*key, *at[len(key) :]))), positive=True)
     mine = sigma[..., row] if i in dims else sigma
     return m, sigma, list(m[:, row]), sorted(set(np.ravel(mine)), key=str)
 
 
-def _best_covariance(energy: FreeEnergy, slope: sp.Matrix, unknown: list, sigma: np.ndarray, row: int, at_mean: Mapping) -> dict:
+def _best_covariance(
+    energy: FreeEnergy, slope: sp.Matrix, unknown: list, sigma: np.ndarray, row: int, at_mean: Mapping
+) -> dict:
     """The covariance where dF/dSigma = 0: its inverse is read off the gradient at Sigma = 1 (the log det is known there)."""
     if not energy.full:
         found = {}
@@ -201,27 +248,49 @@ def _best_covariance(energy: FreeEnergy, slope: sp.Matrix, unknown: list, sigma:
     return {mine[x, y]: best[x, y] for x in range(n) for y in range(n)}
 
 
-def _check_projection(recurrence: Recurrence, energy: FreeEnergy, n: int, best: Mapping, values: Mapping, precision: np.ndarray, sizes: Mapping, row: int) -> None:
+def _check_projection(
+    recurrence: Recurrence,
+    energy: FreeEnergy,
+    n: int,
+    best: Mapping,
+    values: Mapping,
+    precision: np.ndarray,
+    sizes: Mapping,
+    row: int,
+) -> None:
     """The precision that the program carries on is the projection of the one that minimises F_t."""
     t, size = recurrence.triple, sizes[K]
     dims = precision_dims(t, energy.full)
     sigma = _unknowns(energy, (size, sizes[V]), row)[1]
     mine = sigma[..., row] if i in dims else sigma
-    exact = sp.Matrix(size, size, lambda x, y: best[mine[x, y]]).inv() if energy.full else sp.diag(*(1 / best[mine[x]] for x in range(size)))
+    exact = (
+        sp.Matrix(size, size, lambda x, y: best[mine[x, y]]).inv()
+        if energy.full
+        else sp.diag(*(1 / best[mine[x]] for x in range(size)))
+    )
     carried = lambda lam, at: lam[(*at, row)] if lam.ndim > len(at) else lam[at]  # noqa: E731
     for x in range(size):
-        held, new = carried(values["Lambda_p"], (x, x) if energy.carried_full else (x,)), carried(precision, (x, x) if energy.carried_full else (x,))
+        held, new = (
+            carried(values["Lambda_p"], (x, x) if energy.carried_full else (x,)),
+            carried(precision, (x, x) if energy.carried_full else (x,)),
+        )
         want = exact[x, x]
         if t.posterior.projection == "reset":
             want = concrete(put(energy_lambda0(energy)), values, sizes, {j: x, i: row})
         elif t.posterior.gain:
             want = held + values["gain"] * (want - held)
         if sp.nsimplify(new - want) != 0:
-            raise UnifyError(str(t), f"the carried precision after observation {n + 1} is not the projection of the minimum: {new} against {want}", "mend the recurrence")
+            raise UnifyError(
+                str(t),
+                f"the carried precision after observation {n + 1} is not the projection of the minimum: {new} against {want}",
+                "mend the recurrence",
+            )
     if energy.carried_full:
         off = [precision[(x, y, row) if i in dims else (x, y)] - exact[x, y] for x in range(size) for y in range(size)]
         if any(sp.nsimplify(x) != 0 for x in off):
-            raise UnifyError(str(t), f"the full precision after observation {n + 1} is not the minimum of F_t", "mend the recurrence")
+            raise UnifyError(
+                str(t), f"the full precision after observation {n + 1} is not the minimum of F_t", "mend the recurrence"
+            )
 
 
 def energy_lambda0(energy: FreeEnergy) -> sp.Expr:

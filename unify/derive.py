@@ -16,7 +16,24 @@ import sympy as sp
 from .energy import GATE_DIMS, FreeEnergy, Stage, free_energy, precision_dims, prior_mean, prior_precision
 from .errors import UnifyError
 from .recurrence import Assign, Input, Recurrence, State
-from .symbols import LogDet, a, array, arrays, at_index, c, collapse, contract, derivative, i, j, l, name_of, own_indices, put, symbol
+from .symbols import (
+    LogDet,
+    a,
+    array,
+    arrays,
+    at_index,
+    c,
+    collapse,
+    contract,
+    derivative,
+    i,
+    j,
+    l,
+    name_of,
+    own_indices,
+    put,
+    symbol,
+)
 from .triple import Ridge, Squash, Triple
 
 
@@ -71,7 +88,11 @@ class _Derivation:
         """Channels that the moving part of the precision really has."""
         t = self.triple
         dims = {"isotropic": set(), "key": {j}, "diagonal": {j, i}, "full": {j}, "none": set()}[t.curvature]
-        dims = dims | ({i} if t.importance == "value" and t.curvature != "none" else set()) | set(GATE_DIMS[t.architecture.forgetting])
+        dims = (
+            dims
+            | ({i} if t.importance == "value" and t.curvature != "none" else set())
+            | set(GATE_DIMS[t.architecture.forgetting])
+        )
         if t.prior.dynamics == "diffusion":
             dims |= set(GATE_DIMS[t.prior.noise]) | set(GATE_DIMS[t.prior.precision])
         order = (j, l, i) if self.energy.carried_full else (j, i)
@@ -121,10 +142,18 @@ class _Derivation:
         auxiliary = derive(Triple(arch, replace(self.triple.posterior, curvature="key")))
         self._state("A", (j,), sp.S.Zero)
         self.emit("inputs", "alpha_importance", (), sp.exp(array("g_importance")))
-        names = {name: name.replace("Ibar", "A") for name in ["Ibar", *(s.name for s in auxiliary.steps)] if name.startswith("Ibar")}
+        names = {
+            name: name.replace("Ibar", "A")
+            for name in ["Ibar", *(s.name for s in auxiliary.steps)]
+            if name.startswith("Ibar")
+        }
         for step in auxiliary.steps:
             if step.name in names:
-                expr = put(step.expr, alpha=array("alpha_importance"), **{x: (lambda *at, y=y: array(y, at)) for x, y in names.items()})
+                expr = put(
+                    step.expr,
+                    alpha=array("alpha_importance"),
+                    **{x: (lambda *at, y=y: array(y, at)) for x, y in names.items()},
+                )
                 self.emit("predict", names[step.name], step.dims, expr)
                 self.now["A"] = names[step.name]
         r = sp.log(array(self.now["A"], (j,)) + exact(squash.eps)) - exact(squash.centre)
@@ -161,7 +190,11 @@ class _Derivation:
     def _diffuse(self):
         """s_t = mu_0 + a (s_{t-1} - mu_0) + noise: covariance a^2 / Lambda + w."""
         t = self.triple
-        kept = sp.S.One if t.architecture.forgetting == "none" else at_index(array("alpha", GATE_DIMS[t.architecture.forgetting]), j, a)
+        kept = (
+            sp.S.One
+            if t.architecture.forgetting == "none"
+            else at_index(array("alpha", GATE_DIMS[t.architecture.forgetting]), j, a)
+        )
         noise = at_index(array("noise", GATE_DIMS[t.prior.noise]), j, a)
         at = tuple(a if x == j else x for x in self.d)
         lam = array("Lambda", at)
@@ -187,7 +220,13 @@ class _Derivation:
             self.lam = best = self._precision_now()
         slope = derivative(energy, array("m", (a, i)))
         expr = self._natural_mean(self._anchored(slope), "m_p", mean_p) if self.natural else self._step(slope, lam_new)
-        expr = put(expr, Lambda_p=held, Lambda_new=best, m_p=lambda x, y: array(mean_p, (x, y)), mu=lambda x, y: array(self.mean, (x, y)))
+        expr = put(
+            expr,
+            Lambda_p=held,
+            Lambda_new=best,
+            m_p=lambda x, y: array(mean_p, (x, y)),
+            mu=lambda x, y: array(self.mean, (x, y)),
+        )
         self._update("observe", self.mean, suffix, self._named(at_index(expr, a, j)))
         if not keep:
             self._carry_on(lam_new, suffix)
@@ -247,7 +286,15 @@ class _Derivation:
         """The finished, frozen program."""
         carries = "natural" if self.natural else "mean"
         updates = tuple(self.now.items())
-        return Recurrence(self.triple, _signature(self.triple, self.steps, self.start), tuple(self.start.values()), tuple(self.steps), updates, carries, tuple(self.trail))
+        return Recurrence(
+            self.triple,
+            _signature(self.triple, self.steps, self.start),
+            tuple(self.start.values()),
+            tuple(self.steps),
+            updates,
+            carries,
+            tuple(self.trail),
+        )
 
     # -- solving ------------------------------------------------------------------------------------------------------
 
@@ -277,7 +324,11 @@ class _Derivation:
     def _anchored(self, slope: sp.Expr) -> sp.Expr:
         """The slope with the anchor written out."""
         weight = self.triple.posterior.anchor_weight
-        gate = (lambda x: sp.S.One) if weight == "one" else (lambda x: at_index(array("erase" + self._repeat(), GATE_DIMS[weight]), j, x))
+        gate = (
+            (lambda x: sp.S.One)
+            if weight == "one"
+            else (lambda x: at_index(array("erase" + self._repeat(), GATE_DIMS[weight]), j, x))
+        )
         exact = self.stage.curvature == "full" and self.stage.importance == self.stage.beta  # the anchor drops out
         kind = "predicted" if exact and not self.natural else self.stage.anchor
         where = {
@@ -305,7 +356,11 @@ class _Derivation:
         elif len(sums) == 1:
             solved = self._contracted(slope, step, sums[0])
         else:
-            raise UnifyError(str(self.triple), "posterior: its mean couples several contractions, which sympy does not close", "use one observation per token")
+            raise UnifyError(
+                str(self.triple),
+                "posterior: its mean couples several contractions, which sympy does not close",
+                "use one observation per token",
+            )
         return array("m_p", (a, i)) + sp.factor_terms(sp.factor(solved))
 
     def _contracted(self, slope: sp.Expr, step: sp.Expr, total: sp.Sum) -> sp.Expr:
@@ -331,7 +386,9 @@ class _Derivation:
         n = sum(step.name.startswith("e") for step in self.steps)
         name = "e" if n == 0 else f"e_{n + 1}"
         named = collapse(slope + strength * (residual - array(name, (i,))))
-        now = put(residual, m_p=lambda x, y: array(self.now[self.mean], (x, y)), mu=lambda x, y: array(self.mean, (x, y)))
+        now = put(
+            residual, m_p=lambda x, y: array(self.now[self.mean], (x, y)), mu=lambda x, y: array(self.mean, (x, y))
+        )
         self.emit("observe", name, (i,), now)
         return named
 
@@ -343,7 +400,9 @@ class _Derivation:
 
         A new precision comes back as the moving part that is carried: its excess over the prior under a power prior.
         """
-        is_mean = bool({"mu", "M"} & {name_of(x) for x in arrays(expr)}) or expr.has(sp.IndexedBase(symbol("prior_mean")))
+        is_mean = bool({"mu", "M"} & {name_of(x) for x in arrays(expr)}) or expr.has(
+            sp.IndexedBase(symbol("prior_mean"))
+        )
         out = put(expr, Lambda=self.lam_prev, Lambda_p=self.lam, mu=lambda x, y: array("S", (x, y)))
         if not is_mean and self.moving and self.triple.prior.dynamics == "power":
             lam0 = at_index(prior_precision(self.triple), j, a)
@@ -358,7 +417,12 @@ class _Derivation:
             dims = tuple(d for d in (j, l, i) if d in free)
             known = next((s for s in self.steps if s.phase != "read" and s.expr == total), None)
             if known is None:
-                known = Assign(self.phase, f"c{1 + sum(s.name.startswith('c') and s.name[1:].isdigit() for s in self.steps)}", dims, total)
+                known = Assign(
+                    self.phase,
+                    f"c{1 + sum(s.name.startswith('c') and s.name[1:].isdigit() for s in self.steps)}",
+                    dims,
+                    total,
+                )
                 self.steps.append(known)
             expr = expr.subs(total, array(known.name, known.dims))
         return expr
@@ -366,12 +430,20 @@ class _Derivation:
     def _same(self, x: sp.Expr, y: sp.Expr, what: str) -> None:
         """The Hessian by the mean must equal the precision found from the covariance."""
         if sp.simplify(x - y) != 0:
-            raise UnifyError(str(self.triple), f"the derivation contradicts itself on {what}: {x} against {y}", "report it: this is a defect of the engine")
+            raise UnifyError(
+                str(self.triple),
+                f"the derivation contradicts itself on {what}: {x} against {y}",
+                "report it: this is a defect of the engine",
+            )
 
 
 def _only(solutions: list, triple: Triple, what: str) -> sp.Expr:
     if len(solutions) != 1:
-        raise UnifyError(str(triple), f"posterior: the stationarity in the {what} has {len(solutions)} closed solutions", "simplify the curvature or the projection")
+        raise UnifyError(
+            str(triple),
+            f"posterior: the stationarity in the {what} has {len(solutions)} closed solutions",
+            "simplify the curvature or the projection",
+        )
     return solutions[0]
 
 
@@ -392,7 +464,9 @@ def _signature(triple: Triple, steps: list[Assign], start: dict[str, State]) -> 
     """The op's arguments: every name that is read before it is assigned, states and scale aside."""
     made = {s.name for s in steps}
     raw: dict[str, tuple] = {}
-    read = [s.expr for s in steps] + [s.solve for s in steps if s.solve is not None] + [s.initial for s in start.values()]
+    read = (
+        [s.expr for s in steps] + [s.solve for s in steps if s.solve is not None] + [s.initial for s in start.values()]
+    )
     for expr in read:
         for x in sorted(arrays(expr), key=str):
             raw.setdefault(name_of(x), tuple(x.indices) if isinstance(x, sp.Indexed) else ())
@@ -400,7 +474,7 @@ def _signature(triple: Triple, steps: list[Assign], start: dict[str, State]) -> 
     repeats = triple.architecture.repeats
     out = []
     for name, dims in raw.items():
-        if name in states or (name in made and not (name == "k")):
+        if name in states or (name in made and name != "k"):
             continue
         stem = name.replace("_raw", "")
         if repeats > 1 and stem.rpartition("_")[2].isdigit():

@@ -44,7 +44,11 @@ class Stage:
         x = array("anchor", (j, i))
         slope = derivative(self.loss("s", x), array("s", (a, i)))
         bend = derivative(slope, array("s", (c, i)))
-        gradient = collapse(slope.replace(lambda e: isinstance(e, sp.Indexed) and str(e.base) == "s", lambda e: array("anchor", e.indices)))
+        gradient = collapse(
+            slope.replace(
+                lambda e: isinstance(e, sp.Indexed) and str(e.base) == "s", lambda e: array("anchor", e.indices)
+            )
+        )
         gradient = collapse(gradient)
         if not self.evidence:  # the precision of the curvature may be a gate of its own
             bend = (bend / self.beta * self.importance) if self.beta != 0 else bend
@@ -84,7 +88,9 @@ class FreeEnergy:
     @property
     def apart(self) -> bool:
         """Whether forgetting is a minimum of its own, over factorised Gaussians: a full one has no KL per channel."""
-        return self.full and self.triple.prior.dynamics == "power" and GATE_DIMS[self.triple.architecture.forgetting] != ()
+        return (
+            self.full and self.triple.prior.dynamics == "power" and GATE_DIMS[self.triple.architecture.forgetting] != ()
+        )
 
     @property
     def between(self) -> sp.Expr:
@@ -171,7 +177,11 @@ def free_energy(triple: Triple) -> FreeEnergy:
     full = triple.curvature == "full"
     shell = FreeEnergy(triple, stages, full, full and triple.posterior.projection == "keep", sp.S.Zero, ())
     losses = tuple(_expected_loss(s, shell) for s in stages)
-    alpha = sp.S.One if triple.architecture.forgetting == "none" else array("alpha", GATE_DIMS[triple.architecture.forgetting])
+    alpha = (
+        sp.S.One
+        if triple.architecture.forgetting == "none"
+        else array("alpha", GATE_DIMS[triple.architecture.forgetting])
+    )
     if triple.prior.dynamics == "diffusion":
         forget = divergence("m_p", "Lambda_p", shell)
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import namedtuple
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, no_type_check
 
 import torch
@@ -72,7 +73,7 @@ class Op:
         output_final_state: bool = False,
         cu_seqlens: Int[Tensor, " N+1"] | None = None,
         return_variance: bool = False,
-        **gates: Float[Tensor, "..."],
+        **gates: Float[Tensor, ...],
     ):
         """Run the recurrence: o_t = scale * mu_t^T q_t, mu_t the posterior mean of the memory after token t.
 
@@ -90,7 +91,9 @@ class Op:
         if self.checked or (self.checked is None and q.device.type == "cpu"):
             self._check_values(inputs)
         if self._chosen(q) == "triton":
-            return self._triton(inputs, sizes, initial_state, output_final_state, cu_seqlens, return_variance, self._scale(scale, sizes))
+            return self._triton(
+                inputs, sizes, initial_state, output_final_state, cu_seqlens, return_variance, self._scale(scale, sizes)
+            )
         offsets = self._offsets(cu_seqlens, sizes)
         wide = torch.float64 if self.backend == "reference" or q.dtype == torch.float64 else torch.float32
         inputs = {name: x.to(wide) for name, x in inputs.items()}
@@ -101,7 +104,9 @@ class Op:
             o, var, final = self._run(inputs, state, scale, return_variance)
         else:
             o, var, final = self._packed(inputs, state, scale, return_variance, offsets)
-        return self._result(o.to(q.dtype), var.to(q.dtype) if return_variance else None, final if output_final_state else None)
+        return self._result(
+            o.to(q.dtype), var.to(q.dtype) if return_variance else None, final if output_final_state else None
+        )
 
     def _result(self, o, var, final):
         out = (o,)
@@ -114,7 +119,9 @@ class Op:
     def _chosen(self, q) -> str:
         return self.backend if self.backend != "auto" else "triton" if q.is_cuda else "torch"
 
-    def _triton(self, inputs: dict, sizes: dict, initial: Any, final: bool, cu_seqlens: Any, variance: bool, scale: float):
+    def _triton(
+        self, inputs: dict, sizes: dict, initial: Any, final: bool, cu_seqlens: Any, variance: bool, scale: float
+    ):
         """Printed kernels take packed sequences and half precision as they are; states are at least float32."""
         from .lower.launch import run
 
@@ -144,9 +151,12 @@ class Op:
         """Each packed sequence by itself, from its own initial state."""
         per, n = {x.name: x.per for x in self.recurrence.inputs}, self.triple.architecture.repeats
         parts = []
-        for at, (start, stop) in enumerate(zip(offsets, offsets[1:], strict=False)):
+        for at, (start, stop) in enumerate(pairwise(offsets)):
             step = {"token": 1, "observation": n}
-            cut = {name: x if per[name] == "static" else x[:, start * step[per[name]] : stop * step[per[name]]] for name, x in inputs.items()}
+            cut = {
+                name: x if per[name] == "static" else x[:, start * step[per[name]] : stop * step[per[name]]]
+                for name, x in inputs.items()
+            }
             parts.append(self._run(cut, tuple(s[at : at + 1] for s in state), scale, variance))
         o = torch.cat([p[0] for p in parts], 1)
         var = torch.cat([p[1] for p in parts], 1) if variance else None
@@ -158,7 +168,11 @@ class Op:
         if scale is None:
             return sizes["K"] ** -0.5
         if isinstance(scale, bool) or not isinstance(scale, int | float) or not scale > 0:
-            raise UnifyError(f"scale={scale!r}", "the query's scale must be a positive number", "pass a float above 0, or None for K^-1/2")
+            raise UnifyError(
+                f"scale={scale!r}",
+                "the query's scale must be a positive number",
+                "pass a float above 0, or None for K^-1/2",
+            )
         return float(scale)
 
     def _initial(self, given: Any, inputs: dict, count: int, sizes: dict) -> tuple:
@@ -181,7 +195,11 @@ class Op:
             x = given[n]
             if not torch.is_tensor(x) or tuple(x.shape) != want or not x.is_floating_point():
                 found = f"{x.dtype} {list(x.shape)}" if torch.is_tensor(x) else type(x).__name__
-                raise UnifyError(f"initial_state.{s.name}: {found}", f"state {s.name} is {s.shape}", f"pass a floating-point tensor {list(want)}")
+                raise UnifyError(
+                    f"initial_state.{s.name}: {found}",
+                    f"state {s.name} is {s.shape}",
+                    f"pass a floating-point tensor {list(want)}",
+                )
             if x.device != q.device:
                 raise UnifyError(f"initial_state.{s.name} on {x.device}", f"q is on {q.device}", "move it there")
             out.append(x.to(q.dtype))
@@ -190,7 +208,11 @@ class Op:
     def _by_name(self, given: dict) -> tuple:
         names = [s.name for s in self.recurrence.states]
         if set(given) != set(names):
-            raise UnifyError(f"initial_state with {sorted(given)}", f"this triple carries {', '.join(names)}", f"pass exactly {', '.join(names)}")
+            raise UnifyError(
+                f"initial_state with {sorted(given)}",
+                f"this triple carries {', '.join(names)}",
+                f"pass exactly {', '.join(names)}",
+            )
         return tuple(given[name] for name in names)
 
     # -- checking -----------------------------------------------------------------------------------------------------
@@ -208,37 +230,68 @@ class Op:
         for name, x in inputs.items():
             if not torch.is_tensor(x) or not x.is_floating_point():
                 found = str(x.dtype) if torch.is_tensor(x) else type(x).__name__
-                raise UnifyError(f"{name}: {found}", f"{name} must be a floating-point tensor", "pass float64, float32, bfloat16 or float16")
+                raise UnifyError(
+                    f"{name}: {found}",
+                    f"{name} must be a floating-point tensor",
+                    "pass float64, float32, bfloat16 or float16",
+                )
             if x.device != inputs["q"].device:
-                raise UnifyError(f"{name} on {x.device}", f"q is on {inputs['q'].device}", "put all arguments on one device")
+                raise UnifyError(
+                    f"{name} on {x.device}", f"q is on {inputs['q'].device}", "put all arguments on one device"
+                )
         return self._sizes(inputs, wanted)
 
     def _sizes(self, inputs: dict, wanted: dict) -> dict:
         n = self.triple.architecture.repeats
         for name in ("q", "v"):
             if inputs[name].ndim != 4:
-                raise UnifyError(f"{name} {list(inputs[name].shape)}", f"{name} is {wanted[name].shape}, sequence first", "pass four dimensions")
+                raise UnifyError(
+                    f"{name} {list(inputs[name].shape)}",
+                    f"{name} is {wanted[name].shape}, sequence first",
+                    "pass four dimensions",
+                )
         batch, length, heads, keys = inputs["q"].shape
         sizes = {"B": batch, "T": length, "H": heads, "K": keys, "V": inputs["v"].shape[-1]}
         if 0 in sizes.values():
             raise UnifyError(f"sizes {sizes}", "an axis is empty", "pass at least one of each")
         for name, x in inputs.items():
-            lead = {"token": (batch, length, heads), "observation": (batch, n * length, heads), "static": (heads,)}[wanted[name].per]
+            lead = {"token": (batch, length, heads), "observation": (batch, n * length, heads), "static": (heads,)}[
+                wanted[name].per
+            ]
             want = (*lead, *(sizes[_size(d)] for d in wanted[name].dims))
             if tuple(x.shape) != want:
-                axis = next((f"axis {at}" for at, (a, b) in enumerate(zip(x.shape, want, strict=False)) if a != b), "the number of axes")
-                raise UnifyError(f"{name} {list(x.shape)}", f"{axis} does not fit q {list(inputs['q'].shape)}", f"{name} is {wanted[name].shape} = {list(want)}")
+                axis = next(
+                    (f"axis {at}" for at, (a, b) in enumerate(zip(x.shape, want, strict=False)) if a != b),
+                    "the number of axes",
+                )
+                raise UnifyError(
+                    f"{name} {list(x.shape)}",
+                    f"{axis} does not fit q {list(inputs['q'].shape)}",
+                    f"{name} is {wanted[name].shape} = {list(want)}",
+                )
         return sizes
 
     def _check_values(self, inputs: dict) -> None:
         for name, x in inputs.items():
             rule = "a number" if name not in (*POSITIVE, *NOT_NEGATIVE, "g", "g_importance") else ""
             if torch.isnan(x).any():
-                raise UnifyError(f"{name} holds NaN", f"{name} must be {rule or 'a number'} everywhere", "look upstream, or compile(..., checked=False) to let NaN through")
+                raise UnifyError(
+                    f"{name} holds NaN",
+                    f"{name} must be {rule or 'a number'} everywhere",
+                    "look upstream, or compile(..., checked=False) to let NaN through",
+                )
             if name in ("g", "g_importance") and (x > 0).any():
-                raise UnifyError(f"{name} up to {x.max().item():g}", f"{name} is the natural logarithm of a decay in (0, 1]", "pass log(alpha) <= 0")
+                raise UnifyError(
+                    f"{name} up to {x.max().item():g}",
+                    f"{name} is the natural logarithm of a decay in (0, 1]",
+                    "pass log(alpha) <= 0",
+                )
             if name in NOT_NEGATIVE and (x < 0).any():
-                raise UnifyError(f"{name} down to {x.min().item():g}", f"{name} is a precision, a variance or a share", f"pass {name} >= 0")
+                raise UnifyError(
+                    f"{name} down to {x.min().item():g}",
+                    f"{name} is a precision, a variance or a share",
+                    f"pass {name} >= 0",
+                )
             if name in POSITIVE and (x <= 0).any():
                 raise UnifyError(f"{name} down to {x.min().item():g}", f"{name} divides", f"pass {name} > 0")
 
@@ -247,16 +300,35 @@ class Op:
             return None
         works = self._check_offsets(cu_seqlens, sizes)
         offsets = cu_seqlens.tolist()
-        if offsets[0] != 0 or offsets[-1] != sizes["T"] or any(b <= a for a, b in zip(offsets, offsets[1:], strict=False)):
-            raise UnifyError(f"cu_seqlens={offsets if len(offsets) < 9 else '...'}", f"the offsets do not cut T = {sizes['T']} into sequences", works)
+        if (
+            offsets[0] != 0
+            or offsets[-1] != sizes["T"]
+            or any(b <= a for a, b in pairwise(offsets))
+        ):
+            raise UnifyError(
+                f"cu_seqlens={offsets if len(offsets) < 9 else '...'}",
+                f"the offsets do not cut T = {sizes['T']} into sequences",
+                works,
+            )
         return offsets
 
     def _check_offsets(self, cu_seqlens: Any, sizes: dict) -> str:
         works = f"pass an int64 tensor [0, ..., {sizes['T']}], strictly increasing"
-        if not torch.is_tensor(cu_seqlens) or cu_seqlens.ndim != 1 or cu_seqlens.dtype not in (torch.int64, torch.int32) or len(cu_seqlens) < 2:
-            raise UnifyError(f"cu_seqlens={cu_seqlens!r}", "offsets of packed sequences are a vector of integers", works)
+        if (
+            not torch.is_tensor(cu_seqlens)
+            or cu_seqlens.ndim != 1
+            or cu_seqlens.dtype not in (torch.int64, torch.int32)
+            or len(cu_seqlens) < 2
+        ):
+            raise UnifyError(
+                f"cu_seqlens={cu_seqlens!r}", "offsets of packed sequences are a vector of integers", works
+            )
         if sizes["B"] != 1:
-            raise UnifyError(f"cu_seqlens with B={sizes['B']}", "packed sequences lie one after the other in one batch row", "flatten to B = 1")
+            raise UnifyError(
+                f"cu_seqlens with B={sizes['B']}",
+                "packed sequences lie one after the other in one batch row",
+                "flatten to B = 1",
+            )
         return works
 
     @property
@@ -295,7 +367,11 @@ def compile(triple: Triple, backend: str = "auto", *, checked: bool | None = Non
     backend: "auto", "torch", "triton" or "reference"; see `Op`. Raises UnifyError for anything else.
     """
     if not isinstance(triple, Triple):
-        raise UnifyError(f"compile({type(triple).__name__})", "an op is made from a Triple", "pass Triple(architecture, posterior, prior), or zoo.get(name).triple")
+        raise UnifyError(
+            f"compile({type(triple).__name__})",
+            "an op is made from a Triple",
+            "pass Triple(architecture, posterior, prior), or zoo.get(name).triple",
+        )
     if backend not in BACKENDS:
         raise UnifyError(f"backend={backend!r}", "there is no such backend", f"use one of {', '.join(BACKENDS)}")
     return _compile(triple, backend, checked)

@@ -28,6 +28,19 @@ class Plan:
         return f"{self.family}{'' if self.micro == 1 else f', {self.micro} steps a token'}: {self.why}"
 
 
+WHY = {
+    "rank one": "the transition is diagonal plus rank one and known before the state is: "
+    "a WY transform turns a chunk into matmuls",
+    "elementwise": "both states are decayed sums, so chunk boundaries come from matmuls; "
+    "the read divides entry by entry inside each chunk",
+    "solve": "both states are decayed sums, so chunk boundaries come from matmuls; "
+    "every read solves with its own precision, batched over tokens",
+    "linear": "the state is a decayed sum and is read linearly: chunked matmuls",
+    "rescaled query": "the state is a decayed sum and only the query meets the precision: chunked matmuls with q / Lambda",
+    "rescaled output": "the state is a decayed sum and the precision divides the output: chunked matmuls, then a division",
+}
+
+
 def plan(structure: Structure) -> Plan:
     """Name the schedule of a structure and say why."""
     micro = len(structure.steps)
@@ -35,17 +48,9 @@ def plan(structure: Structure) -> Plan:
     if blocked:
         return Plan("recurrent", blocked, micro)
     if structure.transition == "rank one":
-        return Plan("rank one", "the transition is diagonal plus rank one and known before the state is: a WY transform turns a chunk into matmuls", micro)
-    if structure.read == "elementwise":
-        return Plan("elementwise", "both states are decayed sums, so chunk boundaries come from matmuls; the read divides entry by entry inside each chunk", micro)
-    if structure.read == "solve":
-        return Plan("solve", "both states are decayed sums, so chunk boundaries come from matmuls; every read solves with its own precision, batched over tokens", micro)
-    how = {
-        "linear": "the state is a decayed sum and is read linearly: chunked matmuls",
-        "rescaled query": "the state is a decayed sum and only the query meets the precision: chunked matmuls with q / Lambda",
-        "rescaled output": "the state is a decayed sum and the precision divides the output: chunked matmuls, then a division",
-    }[structure.read]
-    return Plan("linear", how, micro)
+        return Plan("rank one", WHY["rank one"], micro)
+    family = structure.read if structure.read in ("elementwise", "solve") else "linear"
+    return Plan(family, WHY[structure.read], micro)
 
 
 def _blocked(s: Structure) -> str:

@@ -77,7 +77,9 @@ class Assign:
 
         write = Latex() if static is None else Latex(static)
         right = write(grouped(self.expr)) if self.solve is None else solved(self.solve, self.expr, write)
-        return f"{write(array(self.name, tuple(d for d in self.dims if self.solve is None or d not in _KEYS)))} = {right}"
+        return (
+            f"{write(array(self.name, tuple(d for d in self.dims if self.solve is None or d not in _KEYS)))} = {right}"
+        )
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,9 @@ class Recurrence:
         for phase in PHASES:
             for n, step in enumerate(self.phase(phase)):
                 lines.append(f"{phase if n == 0 else '':<9}{step}")
-        lines.append(f"{'state':<9}" + ", ".join(f"{s.name} {s.shape} (starts at {show(s.initial)})" for s in self.states))
+        lines.append(
+            f"{'state':<9}" + ", ".join(f"{s.name} {s.shape} (starts at {show(s.initial)})" for s in self.states)
+        )
         lines.append(f"{'inputs':<9}" + ", ".join(f"{x.name} {x.shape}" for x in self.inputs))
         return "\n".join(lines)
 
@@ -129,7 +133,9 @@ class Recurrence:
         for step in self.steps:
             if step.name in values:
                 continue
-            env[step.name] = _solve(step, env, size) if step.solve is not None else _fill(step.dims, step.expr, env, size)
+            env[step.name] = (
+                _solve(step, env, size) if step.solve is not None else _fill(step.dims, step.expr, env, size)
+            )
         return env
 
     def cost(self) -> dict[str, sp.Expr]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import sympy as sp
 
@@ -77,7 +78,10 @@ class Structure:
             "scalar": "one decay per head", "diagonal": "a decay per key channel", "entry": "a decay per memory entry",
             "rank one": "diagonal plus rank one", "row-coupled": "a transition of its own for every value channel", "dense": "not affine",
         }  # fmt: skip
-        auto = ", ".join(f"{x.name} ({'linear' if x.decay is not None else 'nonlinear'}, {sp.Mul(*(SIZE[d] for d in x.dims))} floats)" for x in self.autonomous)
+        auto = ", ".join(
+            f"{x.name} ({'linear' if x.decay is not None else 'nonlinear'}, {sp.Mul(*(SIZE[d] for d in x.dims))} floats)"
+            for x in self.autonomous
+        )
         return "\n".join([
             f"transition   of {self.mean}: {self.transition}, {words[self.transition]}",
             f"autonomous   {auto or 'none'}",
@@ -93,7 +97,9 @@ def structure(recurrence: Recurrence) -> Structure:
     autonomous = tuple(_autonomous(recurrence, s) for s in recurrence.states if s.name != mean)
     steps, transition = _steps(recurrence, mean, tainted)
     read, weight, direct = _read(recurrence, mean, tainted)
-    return Structure(transition, read, mean, steps, autonomous, weight, direct, recurrence.triple.architecture.read == "before")
+    return Structure(
+        transition, read, mean, steps, autonomous, weight, direct, recurrence.triple.architecture.read == "before"
+    )
 
 
 def _depends_on(recurrence: Recurrence, mean: str) -> set[str]:
@@ -154,7 +160,7 @@ def _steps(recurrence: Recurrence, mean: str, tainted: set[str]) -> tuple[tuple[
     if shift != 0:  # a shift cancels only where the predicted precision is written out
         tainted = tainted | {x.name for x in recurrence.phase("predict")}
     steps, kinds = [], {"scalar"}
-    for before, after in zip(trail, trail[1:], strict=False):
+    for before, after in pairwise(trail):
         expr = inline(array(after, (j, i)), recurrence, {before, *trail[: trail.index(after)]}, tainted)
         expr = _shifted(expr, before, shift)
         step, one = _affine(expr, before)
@@ -178,7 +184,7 @@ def _shifted(expr: sp.Expr, name: str, shift: sp.Expr) -> sp.Expr:
     moved = collapse(moved - shift)
     own, constant = array(name, (j, i)), []
     sums = [s for s in moved.atoms(sp.Sum) if s.has(sp.IndexedBase(own.base.label))]
-    flat = moved.subs({s: 0 for s in sums}).subs(own, 0)
+    flat = moved.subs(dict.fromkeys(sums, 0)).subs(own, 0)
     constant = sp.factor(sp.simplify(flat))
     return moved - flat + constant
 
@@ -232,7 +238,9 @@ def channels(expr: sp.Expr) -> tuple[sp.Symbol, ...]:
     """Channel indices an expression depends on, bound ones aside."""
     if expr is None:
         return ()
-    outside = sp.sympify(expr).replace(lambda e: isinstance(e, sp.Sum), lambda s: sp.Add(*(x for x in s.free_symbols if x in (i, j, l))))
+    outside = sp.sympify(expr).replace(
+        lambda e: isinstance(e, sp.Sum), lambda s: sp.Add(*(x for x in s.free_symbols if x in (i, j, l)))
+    )
     used = {x for x in outside.free_symbols if x in (i, j, l)}
     return tuple(x for x in (j, l, i) if x in used)
 
@@ -267,13 +275,17 @@ def _merge(steps: list[Step]) -> tuple[Step, ...]:
 def _read(recurrence: Recurrence, mean: str, tainted: set[str]) -> tuple[str, sp.Expr | None, sp.Expr]:
     """How the output reads the mean state: kind, the query's weight [j] or [j, i], and what bypasses the state."""
     step = next(s for s in recurrence.steps if s.name == "o")
-    held = next(name for name in [mean, *dict(recurrence.updates).values()] if name in {name_of(x) for x in arrays(step.expr)})
+    held = next(
+        name for name in [mean, *dict(recurrence.updates).values()] if name in {name_of(x) for x in arrays(step.expr)}
+    )
     expr = collapse(step.expr)
     sums = [s for s in expr.atoms(sp.Sum) if s.has(sp.IndexedBase(array(held, (j, i)).base.label))]
     dot, weight = sp.Dummy("dot"), sp.S.Zero
     for total in sums:
         index = total.limits[0][0]
-        weight += at_index(sp.factor(total.function / array(held, (index, i))), index, j) * sp.diff(expr.subs(total, dot), dot)
+        weight += at_index(sp.factor(total.function / array(held, (index, i))), index, j) * sp.diff(
+            expr.subs(total, dot), dot
+        )
     weight = sp.factor(weight)
     direct = expr.subs(dict.fromkeys(sums, 0))
     if mean == "S" and prior_mean(recurrence.triple) != 0:

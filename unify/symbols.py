@@ -12,7 +12,7 @@ from functools import cache
 import sympy as sp
 from sympy import Indexed, KroneckerDelta, Sum
 
-i, r, n, j, l, a, c, h = (sp.Symbol(name, integer=True) for name in "i r n j l a c h".split())  # noqa: E741
+i, r, n, j, l, a, c, h = (sp.Symbol(name, integer=True) for name in "i r n j l a c h".split())
 K, V = sp.Symbol("K", integer=True, positive=True), sp.Symbol("V", integer=True, positive=True)
 SIZE = {i: V, r: V, n: V, j: K, l: K, a: K, c: K, h: K}
 half = sp.Rational(1, 2)
@@ -96,7 +96,9 @@ def _collapse_term(term: sp.Expr, limit: tuple) -> sp.Expr:
         return outside * size
     if isinstance(inside, Sum) or inside.has(Sum):
         return outside * Sum(inside, limit)
-    bound = next(x for x in _spellings(index) if x == index or x not in inside.free_symbols)  # one spelling a contraction
+    bound = next(
+        x for x in _spellings(index) if x == index or x not in inside.free_symbols
+    )  # one spelling a contraction
     return outside * contract(_symmetric(inside.subs(index, bound)), bound)
 
 
@@ -112,7 +114,12 @@ def _symmetric(expr: sp.Expr) -> sp.Expr:
     """Precisions as matrices are symmetric: write their two key indices in order."""
     swap = {}
     for x in expr.atoms(Indexed):
-        if name_of(x) in _SYMMETRIC and len(x.indices) > 1 and i not in x.indices[:2] and str(x.indices[0]) > str(x.indices[1]):
+        if (
+            name_of(x) in _SYMMETRIC
+            and len(x.indices) > 1
+            and i not in x.indices[:2]
+            and str(x.indices[0]) > str(x.indices[1])
+        ):
             swap[x] = x.base[(x.indices[1], x.indices[0], *x.indices[2:])]
     return expr.xreplace(swap)
 
@@ -137,8 +144,15 @@ def at_index(expr: sp.Expr, old: sp.Symbol, new: sp.Symbol) -> sp.Expr:
     expr = sp.sympify(expr)
     bound = {limit[0] for s in expr.atoms(Sum) for limit in s.limits}
     if new in bound:
-        spare = next(x for x in (c, l, j, a, h, n, r, i) if SIZE[x] == SIZE[new] and x not in bound | {old, new} | expr.free_symbols)
-        expr = expr.replace(lambda e: isinstance(e, Sum), lambda s: Sum(s.function.subs(new, spare), *(limit.subs(new, spare) for limit in s.limits)))
+        spare = next(
+            x
+            for x in (c, l, j, a, h, n, r, i)
+            if SIZE[x] == SIZE[new] and x not in bound | {old, new} | expr.free_symbols
+        )
+        expr = expr.replace(
+            lambda e: isinstance(e, Sum),
+            lambda s: Sum(s.function.subs(new, spare), *(limit.subs(new, spare) for limit in s.limits)),
+        )
     return expr.subs(old, new)
 
 

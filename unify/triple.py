@@ -32,7 +32,9 @@ CHOICES = {
 def _choice(leg: str, name: str, value: Any, key: str | None = None) -> None:
     allowed = CHOICES[key or name]
     if value not in allowed:
-        raise UnifyError(f"{leg}({name}={value!r})", f"the {leg.lower()} has no such {name}", f"use one of {', '.join(allowed)}")
+        raise UnifyError(
+            f"{leg}({name}={value!r})", f"the {leg.lower()} has no such {name}", f"use one of {', '.join(allowed)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -91,11 +93,19 @@ class Architecture:
         for name in ("forgetting", "precision", "importance", "value", "read", "key"):
             _choice("Architecture", name, getattr(self, name))
         if not self.observations or not all(isinstance(o, Observation) for o in self.observations):
-            raise UnifyError(f"observations={self.observations!r}", "a token must observe something", "pass a tuple of Observation")
+            raise UnifyError(
+                f"observations={self.observations!r}", "a token must observe something", "pass a tuple of Observation"
+            )
         if not isinstance(self.repeats, int) or self.repeats < 1:
-            raise UnifyError(f"repeats={self.repeats!r}", "a token is observed a whole number of times", "use 1 or more")
+            raise UnifyError(
+                f"repeats={self.repeats!r}", "a token is observed a whole number of times", "use 1 or more"
+            )
         if self.scale is not None and not self.scale > 0:
-            raise UnifyError(f"scale={self.scale!r}", "the query's scale must be positive", "use a number above 0, or None for K^-1/2")
+            raise UnifyError(
+                f"scale={self.scale!r}",
+                "the query's scale must be positive",
+                "use a number above 0, or None for K^-1/2",
+            )
         if self.value == "evidence" and self.precision != "one":
             raise UnifyError(
                 f"value='evidence' with precision={self.precision!r}",
@@ -103,9 +113,17 @@ class Architecture:
                 "give importance= a shape, or declare value='observation'",
             )
         if self.bonus and self.read != "before":
-            raise UnifyError("bonus with read='after'", "architecture: after the update the token is already in the memory", "use read='before'")
+            raise UnifyError(
+                "bonus with read='after'",
+                "architecture: after the update the token is already in the memory",
+                "use read='before'",
+            )
         if self.key != "free" and self.repeats > 1:
-            raise UnifyError(f"key={self.key!r} with repeats={self.repeats}", "architecture: one decay makes one key a token", "use repeats=1, or key='free'")
+            raise UnifyError(
+                f"key={self.key!r} with repeats={self.repeats}",
+                "architecture: one decay makes one key a token",
+                "use repeats=1, or key='free'",
+            )
         if self.key != "free" and self.forgetting != "key":
             raise UnifyError(
                 f"key={self.key!r} with forgetting={self.forgetting!r}",
@@ -146,7 +164,11 @@ class Posterior:
         for name in ("anchor_weight", "projection"):
             _choice("Posterior", name, getattr(self, name))
         if self.gain and self.projection != "diagonal":
-            raise UnifyError(f"gain with projection={self.projection!r}", "posterior: the gain weighs what a projection keeps", "use projection='diagonal'")
+            raise UnifyError(
+                f"gain with projection={self.projection!r}",
+                "posterior: the gain weighs what a projection keeps",
+                "use projection='diagonal'",
+            )
 
 
 @dataclass(frozen=True)
@@ -214,7 +236,14 @@ class Triple:
     prior: Prior = field(default_factory=Prior)
 
     def __post_init__(self):
-        for check in (_check_counts, _check_curvature, _check_anchor, _check_projection, _check_unused, _check_adaptive):
+        for check in (
+            _check_counts,
+            _check_curvature,
+            _check_anchor,
+            _check_projection,
+            _check_unused,
+            _check_adaptive,
+        ):
             check(self.architecture, self.posterior, self.prior)
 
     @property
@@ -257,7 +286,11 @@ class Triple:
             importance = "value" if set(self.anchors) == {"prior"} else "head"
         kind = {"value": "diagonal", "head": "key"}.get(importance)
         if kind is None:
-            raise UnifyError(f"importance={importance!r}", "a metaplastic triple has one importance per value channel or per head", "use 'value' or 'head'")
+            raise UnifyError(
+                f"importance={importance!r}",
+                "a metaplastic triple has one importance per value channel or per head",
+                "use 'value' or 'head'",
+            )
         stages = self.architecture.observations
         curvature = tuple(kind if o.target else "none" for o in stages)
         return replace(
@@ -267,11 +300,15 @@ class Triple:
         )
 
     def __str__(self):
-        return "\n".join(f"{name:<13}{_differences(getattr(self, name))}" for name in ("architecture", "posterior", "prior"))
+        return "\n".join(
+            f"{name:<13}{_differences(getattr(self, name))}" for name in ("architecture", "posterior", "prior")
+        )
 
     def latex(self) -> str:
         """The triple as a LaTeX table row: A, P and Pr."""
-        legs = (_differences(getattr(self, name)).replace("_", r"\_") for name in ("architecture", "posterior", "prior"))
+        legs = (
+            _differences(getattr(self, name)).replace("_", r"\_") for name in ("architecture", "posterior", "prior")
+        )
         return r"\left(" + r",\; ".join(rf"\text{{{leg}}}" for leg in legs) + r"\right)"
 
 
@@ -285,7 +322,9 @@ def _differences(leg: Any) -> str:
         if f.name == "observations":
             if value == (Observation(),):
                 continue
-            value = "; ".join(f"{o.key}{'' if o.plain else ' read by ' + o.read}{'' if o.target else ' (erase)'}" for o in value)
+            value = "; ".join(
+                f"{o.key}{'' if o.plain else ' read by ' + o.read}{'' if o.target else ' (erase)'}" for o in value
+            )
         if isinstance(value, tuple):
             value = "/".join(value)
         parts.append(f.name.replace("_", " ") if value is True else f"{f.name.replace('_', ' ')} {value}")
@@ -301,10 +340,18 @@ def _check_counts(a: Architecture, p: Posterior, prior: Prior) -> None:
     for name in ("curvature", "anchor"):
         value = getattr(p, name)
         if isinstance(value, tuple) and len(value) != len(a.observations):
-            raise UnifyError(f"{name}={value!r} for {len(a.observations)} observations", f"posterior: one {name} per observation", f"pass {len(a.observations)} of them, or one for all")
+            raise UnifyError(
+                f"{name}={value!r} for {len(a.observations)} observations",
+                f"posterior: one {name} per observation",
+                f"pass {len(a.observations)} of them, or one for all",
+            )
     kinds = {c for c in _per_stage(p.curvature, a) if c != "none"}
     if len(kinds) > 1:
-        raise UnifyError(f"curvature={p.curvature!r}", "posterior: one family of posteriors per memory", "use one curvature, or that one and 'none'")
+        raise UnifyError(
+            f"curvature={p.curvature!r}",
+            "posterior: one family of posteriors per memory",
+            "use one curvature, or that one and 'none'",
+        )
 
 
 def _check_curvature(a: Architecture, p: Posterior, prior: Prior) -> None:
@@ -338,24 +385,52 @@ def _check_anchor(a: Architecture, p: Posterior, prior: Prior) -> None:
             "use value='observation', or anchor='prior'",
         )
     if "full" in curvatures and set(anchors) != {"prior"}:
-        raise UnifyError(f"curvature='full' with anchor={p.anchor!r}", "posterior: with the full curvature the anchor drops out", "leave the anchor at its default, 'prior'")
+        raise UnifyError(
+            f"curvature='full' with anchor={p.anchor!r}",
+            "posterior: with the full curvature the anchor drops out",
+            "leave the anchor at its default, 'prior'",
+        )
     if "previous" in anchors[1:]:
-        raise UnifyError("anchor 'previous' on a later observation", "posterior: only the first observation of a token stands next to the previous mean", "use 'predicted' there")
+        raise UnifyError(
+            "anchor 'previous' on a later observation",
+            "posterior: only the first observation of a token stands next to the previous mean",
+            "use 'predicted' there",
+        )
     if set(anchors) == {"prior"} and p.anchor_weight != "one":
-        raise UnifyError(f"anchor_weight={p.anchor_weight!r} with anchor='prior'", "posterior: there is no anchor to weigh", "use anchor='predicted' or 'previous'")
+        raise UnifyError(
+            f"anchor_weight={p.anchor_weight!r} with anchor='prior'",
+            "posterior: there is no anchor to weigh",
+            "use anchor='predicted' or 'previous'",
+        )
     for o, anchor in zip(a.stages, anchors, strict=True):
         if anchor == "prior" and not o.plain:
-            raise UnifyError(f"Observation(read={o.read!r}) with anchor='prior'", "posterior: the prior is not read, so the read key would not be used", "use anchor='predicted' or 'previous'")
+            raise UnifyError(
+                f"Observation(read={o.read!r}) with anchor='prior'",
+                "posterior: the prior is not read, so the read key would not be used",
+                "use anchor='predicted' or 'previous'",
+            )
         if anchor == "prior" and not o.target:
-            raise UnifyError("an observation without a target at anchor='prior'", "architecture: it would erase nothing", "use anchor='predicted' or 'previous', or a target")
+            raise UnifyError(
+                "an observation without a target at anchor='prior'",
+                "architecture: it would erase nothing",
+                "use anchor='predicted' or 'previous', or a target",
+            )
 
 
 def _check_projection(a: Architecture, p: Posterior, prior: Prior) -> None:
     curvatures = set(_per_stage(p.curvature, a))
     if p.projection == "diagonal" and curvatures != {"full"}:
-        raise UnifyError(f"projection='diagonal' with curvature={p.curvature!r}", "posterior: the precision is diagonal already", "use projection='keep', or curvature='full'")
+        raise UnifyError(
+            f"projection='diagonal' with curvature={p.curvature!r}",
+            "posterior: the precision is diagonal already",
+            "use projection='keep', or curvature='full'",
+        )
     if p.projection == "reset" and curvatures == {"none"}:
-        raise UnifyError("projection='reset' with curvature='none'", "posterior: the precision never leaves the prior's", "use projection='keep'")
+        raise UnifyError(
+            "projection='reset' with curvature='none'",
+            "posterior: the precision never leaves the prior's",
+            "use projection='keep'",
+        )
     if "full" in curvatures and p.projection == "keep" and a.importance != "tied" and a.value == "observation":
         raise UnifyError(
             f"curvature='full' kept, with importance={a.importance!r} apart from beta",
@@ -365,23 +440,59 @@ def _check_projection(a: Architecture, p: Posterior, prior: Prior) -> None:
 
 
 def _check_unused(a: Architecture, p: Posterior, prior: Prior) -> None:
-    if a.importance != "tied" and set(_per_stage(p.curvature, a)) == {"none"} and not isinstance(prior.adaptive, Squash):
-        raise UnifyError(f"importance={a.importance!r} with curvature='none'", "architecture: the importance would not be used", "use importance='tied', or a curvature")
+    if (
+        a.importance != "tied"
+        and set(_per_stage(p.curvature, a)) == {"none"}
+        and not isinstance(prior.adaptive, Squash)
+    ):
+        raise UnifyError(
+            f"importance={a.importance!r} with curvature='none'",
+            "architecture: the importance would not be used",
+            "use importance='tied', or a curvature",
+        )
     if a.mix and not ("full" in _per_stage(p.curvature, a) and p.projection == "keep"):
-        raise UnifyError("mix without a full, kept precision", "architecture: the read-out solves nothing to mix with", "use curvature='full' with projection='keep'")
+        raise UnifyError(
+            "mix without a full, kept precision",
+            "architecture: the read-out solves nothing to mix with",
+            "use curvature='full' with projection='keep'",
+        )
     if a.precision != "one" and not any(o.target for o in a.stages):
-        raise UnifyError(f"precision={a.precision!r} without a target", "architecture: beta would not be used", "give an observation a target, or use precision='one'")
+        raise UnifyError(
+            f"precision={a.precision!r} without a target",
+            "architecture: beta would not be used",
+            "give an observation a target, or use precision='one'",
+        )
 
 
 def _check_adaptive(a: Architecture, p: Posterior, prior: Prior) -> None:
     curvatures = set(_per_stage(p.curvature, a))
     if isinstance(prior.adaptive, Ridge) and not (curvatures == {"full"} and p.projection == "keep"):
-        raise UnifyError("adaptive=Ridge()", "prior: a ridge is measured on a full, kept precision", "use curvature='full' with projection='keep'")
+        raise UnifyError(
+            "adaptive=Ridge()",
+            "prior: a ridge is measured on a full, kept precision",
+            "use curvature='full' with projection='keep'",
+        )
     if isinstance(prior.adaptive, Ridge) and (a.precision if a.importance == "tied" else a.importance) == "value":
-        raise UnifyError("adaptive=Ridge() with importance per value channel", "prior: one ridge per head cannot serve value channels with precisions of their own", "use an importance (or precision) per head")
+        raise UnifyError(
+            "adaptive=Ridge() with importance per value channel",
+            "prior: one ridge per head cannot serve value channels with precisions of their own",
+            "use an importance (or precision) per head",
+        )
     if isinstance(prior.adaptive, Ridge) and a.read == "before":
-        raise UnifyError("adaptive=Ridge() with read='before'", "prior: before the first token there is nothing to measure a ridge on", "use read='after'")
+        raise UnifyError(
+            "adaptive=Ridge() with read='before'",
+            "prior: before the first token there is nothing to measure a ridge on",
+            "use read='after'",
+        )
     if isinstance(prior.adaptive, Ridge) and prior.mean != "zero":
-        raise UnifyError("adaptive=Ridge() with a prior mean", "prior: the ridge moves, so a mean held by it would move too", "use mean='zero'")
+        raise UnifyError(
+            "adaptive=Ridge() with a prior mean",
+            "prior: the ridge moves, so a mean held by it would move too",
+            "use mean='zero'",
+        )
     if isinstance(prior.adaptive, Squash) and not (curvatures == {"none"} and a.importance == "head"):
-        raise UnifyError("adaptive=Squash()", "prior: the squash makes the plasticity, from a key-diagonal second moment", "use curvature='none' and importance='head'")
+        raise UnifyError(
+            "adaptive=Squash()",
+            "prior: the squash makes the plasticity, from a key-diagonal second moment",
+            "use curvature='none' and importance='head'",
+        )

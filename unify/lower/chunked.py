@@ -60,23 +60,23 @@ def _after(first: Tensor, x: Tensor) -> Tensor:
 
 # Numbers of one tensor handled at a time (measured): large enough for a vector operation to be worth its call, small
 # enough that temporaries stay in cache and are reused. A fresh page of memory costs more than the arithmetic done in it.
-_SLAB = 1 << 17
+_SLAB, _STATES = 1 << 17, 1 << 18
 
 
-def _sweep(body: Callable, C: int, state, *xs: Tensor):
+def _sweep(body: Callable, C: int, state, *xs: Tensor, slab: int | None = None):
     """`body(state, *some chunks of xs) -> (results, state)` along the sequence; results joined, and the last state."""
     B, _, H = xs[0].shape[:3]
     size = B * H * C * max(x.shape[-1] for x in xs)
-    out = []
-    for part in zip(*(x.split(C * max(1, _SLAB // size), 1) for x in xs), strict=True):
+    step, out = C * max(1, (slab or _SLAB) // size), []
+    for part in zip(*(x.split(step, 1) for x in xs), strict=True):
         results, state = body(state, *part)
         out.append(results)
     return tuple(torch.cat(x, 1) for x in zip(*out, strict=True)), state
 
 
-def _few(R: int, size: int) -> list[slice]:
-    """Slices of R rows of `size` numbers each."""
-    n = max(1, _SLAB // size)
+def _few(R: int, size: int, target: int) -> list[slice]:
+    """Slices of R rows of `size` numbers each, about `target` numbers a slice."""
+    n = max(1, target // size)
     return [slice(i, min(i + n, R)) for i in range(0, R, n)]
 
 
@@ -212,7 +212,7 @@ class _ChannelScores(torch.autograd.Function):
         R, P, C, K = rows.shape
         Q = cols.shape[1]
         A, inside, outside = rows.new_zeros(R, P, C, Q, C), torch.empty_like(rows), torch.empty_like(cols)
-        for s in _few(R, C * K):
+        for s in _few(R, C * K, _SLAB):
             q, k = rows[s], cols[s]
             A[s].diagonal(dim1=2, dim2=4).copy_((q[:, :, None] * k[:, None]).sum(-1))
             for m, read, write in _levels(g[s]):
@@ -231,7 +231,7 @@ class _ChannelScores(torch.autograd.Function):
         rows, cols, g = ctx.saved_tensors
         (R, P, C, K), Q = rows.shape, cols.shape[1]
         d_rows, d_cols, dg = torch.empty_like(rows), torch.empty_like(cols), torch.empty_like(g)
-        for s in _few(R, C * K):
+        for s in _few(R, C * K, _SLAB):
             q, k, dq, dk = rows[s], cols[s], d_rows[s], d_cols[s]
             same = dA[s].diagonal(dim1=2, dim2=4)[..., None]
             torch.sum(same * k[:, None], 2, out=dq)
@@ -340,15 +340,18 @@ def _rank_one(C: int, s0: Tensor, q: Tensor, r: Tensor, g: Tensor, w: Tensor, v:
     A_r = F.pad(A[:, :, 1, :-1], (0, 0, 0, 0, 1, 0))
     r_in = torch.cat((r[..., :1, :], inside[:, :, 1, :-1]), -2)
     z = v if k is None else -A_r[..., 1, :] @ v
-    x, z = torch.linalg.solve_triangular(A_r[..., 0, :], torch.cat((r_in, z), -1), upper=False, unitriangular=True).split(
-        (K, v.shape[-1]), -1
-    )
+    x, z = (_unit_solve(A_r[..., 0, :], y) for y in (r_in, z))
     added = None if k is None else outside[:, :, 1].mT @ v
     starts, u, last = _walk(x, z, outside[:, :, 0], added, g.sum(-2).exp()[..., None], s0.flatten(0, 1))
     o = _add_product(inside[:, :, 0] @ starts, A[:, :, 0, :, 0], u)
     if k is not None:
         _add_product(o, A[:, :, 0, :, 1], v)
     return (_merge(o, B, T),), last.unflatten(0, (B, H))
+
+
+def _unit_solve(A: Tensor, y: Tensor) -> Tensor:
+    """(1 + A)^-1 y, A strictly lower triangular. Transposed, so that row-major memory is what the solver works on."""
+    return torch.linalg.solve_triangular(A.mT, y.mT, upper=True, left=False, unitriangular=True).mT
 
 
 def _walk(x: Tensor, z: Tensor, w: Tensor, added: Tensor | None, decay: Tensor, S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -392,7 +395,7 @@ def elementwise(
             weights.append(q * bonus * _next(k))
     prior = prior.expand(H, *M0.shape[2:]).contiguous()
     w = torch.stack(weights, 3).flatten(3) if weights else q[..., :0]
-    (o, z), (MT, IT) = _sweep(partial(_elementwise, C, prior), C, (M0, I0), q, k, v, b, _wide(g), spread, w)
+    (o, z), (MT, IT) = _sweep(partial(_elementwise, C, prior), C, (M0, I0), q, k, v, b, _wide(g), spread, w, slab=_STATES)
     z = z.unflatten(-1, (len(weights), v.shape[-1])) if weights else z
     if before:
         if bonus is not None:
@@ -425,9 +428,11 @@ def _elementwise(C: int, prior: Tensor, states: tuple[Tensor, Tensor], q, k, v, 
 def _advance(k, v, s, b, g, p, M, J) -> Iterator[int]:
     """Walk M and J = prior + I, in place, through the tokens of k ... g [R, H, C, ...]; yields after each token."""
     keep, lost = g.exp(), -g.expm1()
-    for t in range(g.shape[2]):
-        M.mul_(keep[:, :, t, :, None]).addcmul_(k[:, :, t, :, None], v[:, :, t, None])
-        J.lerp_(p, lost[:, :, t, :, None]).addcmul_(s[:, :, t, :, None], b[:, :, t, None])
+    columns = [x[..., None].unbind(2) for x in (keep, lost, k, s)]
+    rows = [x[..., None, :].unbind(2) for x in (v, b)]
+    for t, (keep, lost, k, s, v, b) in enumerate(zip(*columns, *rows, strict=True)):
+        M.mul_(keep).addcmul_(k, v)
+        J.lerp_(p, lost).addcmul_(s, b)
         yield t
 
 
@@ -477,8 +482,7 @@ class _Quotient(torch.autograd.Function):
 
 def _blocks(R: int, H: int, size: int) -> list[tuple[slice, slice]]:
     """Slices of (rows, heads) with about a slab's numbers in the states."""
-    heads = _few(H, size)
-    return [(r, h) for h in heads for r in _few(R, size * (h.stop - h.start))]
+    return [(r, h) for h in _few(H, size, _STATES) for r in _few(R, size * (h.stop - h.start), _STATES)]
 
 
 def _quotient_adjoint(ins, outs, do, dz, p, d_prior, n, span: int = 8):
@@ -638,7 +642,7 @@ def _solve_tokens(C: int, P0: Tensor, q, k, bk, g, diagonal):
     starts, last = _boundaries(k * _to_end(g), bk, g.sum(-2), P0.flatten(0, 1))
     x, shape = torch.empty_like(q), q.shape
     q, k, bk, g, diagonal, starts, x = (y.flatten(0, 1) for y in (q, k, bk, g, diagonal, starts, x))
-    for i in _few(len(q), K * K):
+    for i in _few(len(q), K * K, _STATES):
         P, keep = starts[i].clone(), g[i].exp()
         for t in range(C):
             P.mul_(keep[:, t, :, None]).addcmul_(k[i, t, :, None], bk[i, t, None])

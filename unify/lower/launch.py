@@ -8,10 +8,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..errors import UnifyError
-from ..plan import Plan
-from ..recurrence import Recurrence
-from ..structure import Structure
+from unify.errors import UnifyError
+from unify.plan import Plan
+from unify.recurrence import Recurrence
+from unify.structure import Structure
+
 from .triton import Module, module
 
 SHORT = 32  # tokens a sequence: below this a chunk is mostly empty and the recurrent family decodes
@@ -72,14 +73,27 @@ def prepared(recurrence: Recurrence) -> Module:
     try:
         from unify.kernels.recurrent import REGISTRY
     except ImportError as error:
-        raise UnifyError("backend='triton'", f"Triton cannot be imported ({error})", "install triton 3.6 or later, or use backend='torch'") from error
+        raise UnifyError(
+            "backend='triton'",
+            f"Triton cannot be imported ({error})",
+            "install triton 3.6 or later, or use backend='torch'",
+        ) from error
     printed = module(recurrence)
     if printed.key not in REGISTRY:
         REGISTRY[printed.key] = (printed.load(), printed)
     return printed
 
 
-def run(recurrence: Recurrence, structure: Structure, plan: Plan, inputs: Mapping[str, Tensor], state: tuple, offsets: Tensor, scale: float, variance: bool):
+def run(
+    recurrence: Recurrence,
+    structure: Structure,
+    plan: Plan,
+    inputs: Mapping[str, Tensor],
+    state: tuple,
+    offsets: Tensor,
+    scale: float,
+    variance: bool,
+):
     """Run packed sequences: o [B, T, H, V], the variance or None, and the final states [N, H, ...]."""
     q = inputs["q"]
     tokens = q.shape[0] * q.shape[1]
@@ -88,7 +102,9 @@ def run(recurrence: Recurrence, structure: Structure, plan: Plan, inputs: Mappin
 
         per = {x.name: x.per for x in recurrence.inputs}
         flat = {name: x if per[name] == "static" else x.flatten(0, 1)[None] for name, x in inputs.items()}
-        o, var, end = parallel.run(recurrence, structure, plan, flat, state, scale, variance, Kernels(offsets, plan.micro))
+        o, var, end = parallel.run(
+            recurrence, structure, plan, flat, state, scale, variance, Kernels(offsets, plan.micro)
+        )
         unpack = lambda x: x.to(q.dtype).view(*q.shape[:2], *x.shape[2:])  # noqa: E731
         return unpack(o), unpack(var) if variance else None, end
     return recurrent(recurrence, inputs, state, offsets, scale, variance)
@@ -99,7 +115,9 @@ def _parallel(structure: Structure, plan: Plan) -> bool:
     return plan.family in FAMILIES and all(x.decay is not None for x in structure.autonomous)
 
 
-def recurrent(recurrence: Recurrence, inputs: Mapping[str, Tensor], state: tuple, offsets: Tensor, scale: float, variance: bool):
+def recurrent(
+    recurrence: Recurrence, inputs: Mapping[str, Tensor], state: tuple, offsets: Tensor, scale: float, variance: bool
+):
     """The printed kernels, token by token."""
     printed = prepared(recurrence)
     given = [inputs[name] for name in dict.fromkeys(x.argument for x in printed.inputs)]

@@ -13,11 +13,12 @@ from functools import cache
 import sympy as sp
 import torch
 
-from ..energy import prior_mean, prior_precision
-from ..plan import Plan
-from ..recurrence import Recurrence
-from ..structure import Autonomous, Step, Structure, channels, separate
-from ..symbols import array, arrays, at_index, collapse, i, j, l, name_of, put, symbol
+from unify.energy import prior_mean, prior_precision
+from unify.plan import Plan
+from unify.recurrence import Recurrence
+from unify.structure import Autonomous, Step, Structure, channels, separate
+from unify.symbols import array, arrays, at_index, collapse, i, j, l, name_of, put, symbol
+
 from . import chunked
 from .printer import assignment, code
 from .torch import per_token
@@ -53,7 +54,15 @@ class Sequence:
     Arguments come in the caller's dtype and are computed with in `wide` (float32, or float64 for float64 arguments).
     """
 
-    def __init__(self, recurrence: Recurrence, structure: Structure, inputs: Mapping[str, torch.Tensor], state: tuple, scale: float, schedule):
+    def __init__(
+        self,
+        recurrence: Recurrence,
+        structure: Structure,
+        inputs: Mapping[str, torch.Tensor],
+        state: tuple,
+        scale: float,
+        schedule,
+    ):
         self.recurrence, self.structure, self.schedule = recurrence, structure, schedule
         q = inputs["q"]
         self.shape, self.width, self.dtype = q.shape, inputs["v"].shape[-1], q.dtype
@@ -63,17 +72,18 @@ class Sequence:
             self.raw["k_raw"] = self.raw.pop("k")
         self.state = {s.name: x for s, x in zip(recurrence.states, state, strict=True)}
         self.final: dict[str, torch.Tensor] = {}
-        size = torch.tensor(q.shape[-1], dtype=self.wide, device=q.device)  # a tensor, because a log decay may hold log(K)
+        # a tensor, because a log decay may hold log(K)
+        size = torch.tensor(q.shape[-1], dtype=self.wide, device=q.device)
         self.known = {"scale": scale, "K": size, "V": self.width}
         self.small = {x.name: x for x in structure.autonomous if len(x.dims) < 2}
         self.program = {s.name: s for s in recurrence.steps}
 
-    def __getitem__(self, name: str) -> torch.Tensor:
+    def __getitem__(self, name: str) -> torch.Tensor | float:
         if name not in self.known:
             self.known[name] = self._make(name)
         return self.known[name]
 
-    def _make(self, name: str) -> torch.Tensor:
+    def _make(self, name: str) -> torch.Tensor | float:
         if name in self.raw:
             return self.raw[name].to(self.wide)
         if name in self.small:
@@ -88,7 +98,9 @@ class Sequence:
     def value(self, expr: sp.Expr, dims: tuple) -> torch.Tensor:
         """An expression at every token, [B, T, H, ...] or broadcastable to it."""
         result = eval(_code(sp.sympify(expr), dims), {"torch": torch}, self)
-        return result if torch.is_tensor(result) else torch.as_tensor(result, dtype=self.wide, device=self.raw["q"].device)
+        return (
+            result if torch.is_tensor(result) else torch.as_tensor(result, dtype=self.wide, device=self.raw["q"].device)
+        )
 
     def full(self, expr: sp.Expr, dims: tuple) -> torch.Tensor:
         """The same, expanded to [B, T, H, *channels]."""
@@ -126,7 +138,8 @@ class Sequence:
         moving = {n for n, y in whole.items() if torch.is_tensor(y) and y.ndim > 2 and n not in self._static()}
         new, out = dict(self.recurrence.updates)[x.name], []
         for t in range(self.shape[1]):
-            env = {"torch": torch, x.name: state, **{n: y[:, t] if n in moving else y for n, y in whole.items()}}
+            now = {n: y[:, t] if n in moving else y for n, y in whole.items()}
+            env = {"torch": torch, "K": self["K"], x.name: state, **now}
             exec(program, env)
             state = env[new]
             out.append(state)
@@ -144,19 +157,33 @@ def _code(expr: sp.Expr, dims: tuple):
 
 @cache
 def _log(decay: sp.Expr) -> sp.Expr:
-    names = {"alpha": lambda *d: sp.exp(array("g", d)) if d else sp.exp(array("g")), "alpha_importance": sp.exp(array("g_importance"))}
+    names = {
+        "alpha": lambda *d: sp.exp(array("g", d)) if d else sp.exp(array("g")),
+        "alpha_importance": sp.exp(array("g_importance")),
+    }
     if not any(isinstance(x, sp.Indexed) for x in arrays(decay) if name_of(x) == "alpha"):
         names["alpha"] = sp.exp(array("g"))
     return sp.expand_log(sp.log(put(sp.sympify(decay), **names)), force=True)
 
 
-def run(recurrence: Recurrence, structure: Structure, plan: Plan, inputs: Mapping, state: tuple, scale: float, variance: bool = False, schedule=None):
+def run(
+    recurrence: Recurrence,
+    structure: Structure,
+    plan: Plan,
+    inputs: Mapping,
+    state: tuple,
+    scale: float,
+    variance: bool = False,
+    schedule=None,
+):
     """Execute a sequence by the plan's schedule; arguments and results as `lower.torch.loop`.
 
     schedule: whose `linear`, `rank_one`, `elementwise`, `decayed_sum` and `previous` to use; default `Chunked()`.
     """
     seq = Sequence(recurrence, structure, inputs, state, scale, schedule or Chunked())
-    o, var, final = {"linear": _matmul, "rank one": _matmul, "elementwise": _elementwise, "solve": _solve}[plan.family](seq, variance)
+    o, var, final = {"linear": _matmul, "rank one": _matmul, "elementwise": _elementwise, "solve": _solve}[plan.family](
+        seq, variance
+    )
     direct = _input_part(structure, recurrence)
     if direct != 0:
         o = o + seq.full(direct, (i,))
@@ -204,7 +231,11 @@ class _Micro:
 def _matmul(seq: Sequence, variance: bool):
     """Linear states and rank-one transitions."""
     s, m = seq.structure, _Micro(seq)
-    shift = seq.value(prior_mean(seq.recurrence.triple), (j, i)) if s.mean == "S" and prior_mean(seq.recurrence.triple) != 0 else 0
+    shift = (
+        seq.value(prior_mean(seq.recurrence.triple), (j, i))
+        if s.mean == "S" and prior_mean(seq.recurrence.triple) != 0
+        else 0
+    )
     weight, after = s.weight, None
     if i in channels(weight):
         weight, after, _ = separate(weight)
@@ -212,7 +243,10 @@ def _matmul(seq: Sequence, variance: bool):
     q = m.repeat(q)
     start = seq.state[s.mean] - shift
     if s.transition == "rank one":
-        write, read = (m.lay([seq.factor(getattr(x, part) if x.write is not None else sp.S.Zero, (j,)) for x in s.steps]) for part in ("write", "read"))
+        write, read = (
+            m.lay([seq.factor(getattr(x, part) if x.write is not None else sp.S.Zero, (j,)) for x in s.steps])
+            for part in ("write", "read")
+        )
         o, last = seq.schedule.rank_one(q, read, write, m.key, m.value, m.g, start, scale=scale, before=s.before)
     else:
         o, last = seq.schedule.linear(q, m.key, m.value, m.g, start, scale=scale, before=s.before)
@@ -252,7 +286,11 @@ def _ratio(x: sp.Expr, y: sp.Expr) -> sp.Expr:
 
 def _drives(seq: Sequence, name: str) -> list[sp.Expr]:
     """The drive of a matrix state, observation by observation: 0 where an observation has no curvature."""
-    observed = {s.name.removeprefix(name + "_"): s.expr for s in seq.recurrence.steps if s.name.startswith(name + "_") and s.phase == "observe"}
+    observed = {
+        s.name.removeprefix(name + "_"): s.expr
+        for s in seq.recurrence.steps
+        if s.name.startswith(name + "_") and s.phase == "observe"
+    }
     chain = [observed.get(at, sp.S.Zero) for at in [*(str(n) for n in range(1, len(seq.structure.steps))), "new"]]
     return [x.xreplace({y: sp.S.Zero for y in arrays(x) if name_of(y).split("_")[0] == name}) for x in chain]
 
@@ -266,12 +304,13 @@ def _elementwise(seq: Sequence, variance: bool):
     value = m.lay([seq.factor(v, (i,)) for _, v in pairs])
     spread = m.lay([seq.full(x or sp.S.Zero, (j,)) for x, _, _ in drives])
     b = m.lay([seq.full(y or sp.S.Zero, (i,)) for _, y, _ in drives])
-    prior = seq.value(prior_precision(t), (j, i))
+    prior, start, held = seq.value(prior_precision(t), (j, i)), seq.state[s.mean], seq.state[precision.name]
+    shared = j not in precision.dims  # by the key channels, and then scanned already
     o, var, last, excess = seq.schedule.elementwise(
-        m.repeat(seq.raw["q"]), key, value, b, m.g, prior, seq.state[s.mean], seq.state[precision.name],
+        m.repeat(seq.raw["q"]), key, value, b, m.g, prior, start, held[..., None, :].expand_as(start) if shared else held,
         scale=seq["scale"], spread=spread, before=s.before, bonus=seq.get("bonus"), variance=variance,
     )  # fmt: skip
-    return m.pick(o), m.pick(var) if variance else None, {s.mean: last, precision.name: excess}
+    return m.pick(o), m.pick(var) if variance else None, {s.mean: last} | ({} if shared else {precision.name: excess})
 
 
 def _solve(seq: Sequence, variance: bool):

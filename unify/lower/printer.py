@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import sympy as sp
 
-from ..recurrence import Assign
-from ..symbols import SIZE, V, i, j, l, name_of
+from unify.recurrence import Assign
+from unify.symbols import SIZE, V, i, j, l, name_of
 
 ORDER = (j, l, i)
 NUMBERS = ("scale", "K", "V")
@@ -62,7 +62,9 @@ class TorchPrinter:
         coefficient, rest = top.as_coeff_Mul()
         factors = sorted((f for f in sp.Mul.make_args(rest) if f != 1), key=lambda f: (len(indices(f)), str(f)))
         parts = [self.code(abs(coefficient), dims)] if abs(coefficient) != 1 else []
-        text = ("-" if coefficient < 0 else "") + (" * ".join([*parts, *(self._group(f, dims) for f in factors)]) or "1")
+        text = ("-" if coefficient < 0 else "") + (
+            " * ".join([*parts, *(self._group(f, dims) for f in factors)]) or "1"
+        )
         return text if bottom == 1 else f"{text} / {self._atom(bottom, dims)}"
 
     def _power(self, expr: sp.Pow, dims: tuple) -> str:

@@ -7,7 +7,8 @@ from functools import lru_cache
 
 import torch
 
-from ..recurrence import Assign, Recurrence
+from unify.recurrence import Assign, Recurrence
+
 from .printer import assignment
 
 
@@ -65,7 +66,13 @@ def per_token(recurrence: Recurrence, inputs: Mapping[str, torch.Tensor]) -> dic
     return out
 
 
-def loop(recurrence: Recurrence, inputs: Mapping[str, torch.Tensor], state: tuple[torch.Tensor, ...], scale: float, variance: bool = False):
+def loop(
+    recurrence: Recurrence,
+    inputs: Mapping[str, torch.Tensor],
+    state: tuple[torch.Tensor, ...],
+    scale: float,
+    variance: bool = False,
+):
     """Run the recurrence token by token.
 
     inputs: the op's arguments, [B, T, H, ...] (or [H, ...]); state: one tensor [B, H, ...] each.

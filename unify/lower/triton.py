@@ -18,12 +18,12 @@ from pathlib import Path
 
 import sympy as sp
 
-from ..adjoint import Adjoint, adjoint
-from ..errors import UnifyError
-from ..recurrence import Assign, Recurrence
-from ..symbols import SIZE, K, i, j, l
+from unify.adjoint import Adjoint, adjoint
+from unify.errors import UnifyError
+from unify.recurrence import Assign, Recurrence
+from unify.symbols import i, j, l
+
 from .printer import TorchPrinter, indices
-from .torch import argument_names
 
 PAD_ONE = ("prior_precision", "temperature", "Lambda", "gain")  # what divides is padded with 1, everything else with 0
 
@@ -39,7 +39,11 @@ class TritonPrinter(TorchPrinter):
 
     def whole(self, base: sp.Expr, power: sp.Integer, dims: tuple) -> str:
         """A whole power as repeated products."""
-        return " * ".join([self._atom(base, dims)] * int(power)) if power == 1 else f"({' * '.join([self._atom(base, dims)] * int(power))})"
+        return (
+            " * ".join([self._atom(base, dims)] * int(power))
+            if power == 1
+            else f"({' * '.join([self._atom(base, dims)] * int(power))})"
+        )
 
     def general(self, base: sp.Expr, power: sp.Expr, dims: tuple) -> str:
         """base ** power for a base >= 0 (0 ** power is 0)."""
@@ -57,9 +61,7 @@ class TritonPrinter(TorchPrinter):
 
     def contraction(self, total: sp.Sum, dims: tuple) -> str:
         """Sum over an axis (over both, for a double sum) of the product's tile."""
-        function, free = total.function, indices(total)
-        inner = indices(function)
-        outside, inside = function.as_independent(*(x[0] for x in total.limits), as_Add=False)
+        outside, inside = total.function.as_independent(*(x[0] for x in total.limits), as_Add=False)
         inner = indices(inside)
         text = self.code(inside, inner)
         bound = [x[0] for x in total.limits]
@@ -67,7 +69,6 @@ class TritonPrinter(TorchPrinter):
             text = f"tl.sum({text}, {inner.index(d)})"
             inner = tuple(x for x in inner if x != d)
         text = self.layout(text, inner, dims)
-        del free
         return text if outside == 1 else f"{self._group(outside, dims)} * {text}"
 
     def assignment(self, step: Assign) -> str:
@@ -75,7 +76,11 @@ class TritonPrinter(TorchPrinter):
         if step.solve is None:
             return f"{step.name} = {self.code(step.expr, step.dims)}"
         if i in step.dims:
-            raise UnifyError(str(step), "every value channel has a full precision of its own: three channels in one tile", "use backend='torch'")
+            raise UnifyError(
+                str(step),
+                "every value channel has a full precision of its own: three channels in one tile",
+                "use backend='torch'",
+            )
         return f"{step.name} = solve({self.code(step.solve, (j, l))}, {self.code(step.expr, (j,))}, BK)"
 
 
@@ -104,7 +109,9 @@ class Module:
     @property
     def path(self) -> Path:
         """Where the source lies on disk."""
-        base = os.environ.get("UNIFY_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unify"
+        base = (
+            os.environ.get("UNIFY_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unify"
+        )
         return Path(base) / f"recurrent_{self.key}.py"
 
     def load(self):
@@ -130,7 +137,9 @@ def _slots(recurrence: Recurrence) -> tuple[tuple[Slot, ...], tuple[Slot, ...]]:
         shares = recurrence.triple.architecture.repeats if x.per == "observation" else 1
         for n in range(shares):
             name = x.name if n == 0 else f"{x.name}_{n + 1}"
-            inputs.append(Slot("k_raw" if tempered and name == "k" else name, x.name, tuple(map(str, x.dims)), x.per, n))
+            inputs.append(
+                Slot("k_raw" if tempered and name == "k" else name, x.name, tuple(map(str, x.dims)), x.per, n)
+            )
     states = tuple(Slot(s.name, s.name, tuple(map(str, s.dims)), "state") for s in recurrence.states)
     return tuple(inputs), states
 
@@ -140,11 +149,21 @@ def module(recurrence: Recurrence) -> Module:
     """Print the Triton module of a recurrence. Raises UnifyError where a tile would need three channels."""
     inputs, states = _slots(recurrence)
     if any(len(s.dims) > 2 for s in states):
-        raise UnifyError(str(recurrence.triple), "every value channel has a full precision of its own: three channels in one tile", "use backend='torch'")
+        raise UnifyError(
+            str(recurrence.triple),
+            "every value channel has a full precision of its own: three channels in one tile",
+            "use backend='torch'",
+        )
     back = adjoint(recurrence, variance=True)
     graded = tuple(x.name for x in inputs if x.name in dict(back.inputs))
-    text = "\n\n\n".join([_HEAD.format(triple=_comment(str(recurrence.triple))), _step(recurrence, inputs, states), _adjoint(recurrence, back, inputs, states, graded),
-                          _forward_kernel(recurrence, inputs, states), _backward_kernel(recurrence, inputs, states, graded)])  # fmt: skip
+    parts = (
+        _HEAD.format(triple=_comment(str(recurrence.triple))),
+        _step(recurrence, inputs, states),
+        _adjoint(recurrence, back, inputs, states, graded),
+        _forward_kernel(recurrence, inputs, states),
+        _backward_kernel(recurrence, inputs, states, graded),
+    )
+    text = "\n\n\n".join(parts)
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
     return Module(text + "\n", key, inputs, states, graded, recurrence.triple.architecture.repeats)
 
@@ -194,12 +213,16 @@ def _adjoint(recurrence: Recurrence, back: Adjoint, inputs: tuple, states: tuple
     outside = [f"d_{n}" for n in ("o", "variance")] + [f"d_{new}" for _, new in recurrence.updates]
     names = ", ".join([*(x.name for x in inputs), *(s.name for s in states), *outside])
     ends = dict(back.inputs)
-    results = ", ".join([*(ends[n] for n in graded), *(ends.get(s.name, f"d_{dict(recurrence.updates)[s.name]} * 0") for s in states)])
+    results = ", ".join(
+        [*(ends[n] for n in graded), *(ends.get(s.name, f"d_{dict(recurrence.updates)[s.name]} * 0") for s in states)]
+    )
     head = ["@triton.jit", f"def step_adjoint({names}, scale, K, BK: tl.constexpr):"]
     if any(s.expr.has(sp.KroneckerDelta) or s.solve is not None for s in (*recurrence.steps, *back.steps)):
         head.append("    eye = (tl.arange(0, BK)[:, None] == tl.arange(0, BK)[None, :]).to(q.dtype)")
     forward = [s for s in recurrence.steps if s.name not in ("o", "variance")]
-    return "\n".join([*head, *_lines(forward, TritonPrinter()), *_lines(back.steps, TritonPrinter()), f"    return {results}"])
+    return "\n".join(
+        [*head, *_lines(forward, TritonPrinter()), *_lines(back.steps, TritonPrinter()), f"    return {results}"]
+    )
 
 
 # -- the kernels around the leaves --------------------------------------------------------------------------------------
@@ -207,11 +230,23 @@ def _adjoint(recurrence: Recurrence, back: Adjoint, inputs: tuple, states: tuple
 
 def _offset(dims: tuple[str, ...]) -> str:
     """Offset inside one token's (or state's) channels."""
-    return {(): "0", ("j",): "j", ("i",): "i", ("j", "i"): "j[:, None] * V + i[None, :]", ("j", "l"): "j[:, None] * K + j[None, :]"}[dims]
+    return {
+        (): "0",
+        ("j",): "j",
+        ("i",): "i",
+        ("j", "i"): "j[:, None] * V + i[None, :]",
+        ("j", "l"): "j[:, None] * K + j[None, :]",
+    }[dims]
 
 
 def _mask(dims: tuple[str, ...]) -> str:
-    return {(): "True", ("j",): "j < K", ("i",): "i < V", ("j", "i"): "(j < K)[:, None] & (i < V)[None, :]", ("j", "l"): "(j < K)[:, None] & (j < K)[None, :]"}[dims]
+    return {
+        (): "True",
+        ("j",): "j < K",
+        ("i",): "i < V",
+        ("j", "i"): "(j < K)[:, None] & (i < V)[None, :]",
+        ("j", "l"): "(j < K)[:, None] & (j < K)[None, :]",
+    }[dims]
 
 
 def _shape(dims: tuple[str, ...]) -> str:
@@ -242,7 +277,11 @@ def _row(x: Slot, repeats: int) -> str:
 
 
 def _loads(inputs: tuple, repeats: int, per_token: bool, indent: str) -> list[str]:
-    return [indent + _load(x.name, f"{x.argument}_ptr", _row(x, repeats), x.dims) for x in inputs if (x.per != "static") == per_token]
+    return [
+        indent + _load(x.name, f"{x.argument}_ptr", _row(x, repeats), x.dims)
+        for x in inputs
+        if (x.per != "static") == per_token
+    ]
 
 
 def _pointers(inputs: tuple) -> list[str]:
@@ -256,8 +295,13 @@ _PROLOGUE = """    block, row = tl.program_id(0), tl.program_id(1).to(tl.int64) 
 
 
 def _forward_kernel(recurrence: Recurrence, inputs: tuple, states: tuple) -> str:
-    repeats, new = recurrence.triple.architecture.repeats, dict(recurrence.updates)
-    args = [*_pointers(inputs), *(f"{s.name}_start" for s in states), *(f"{s.name}_end" for s in states), *(f"{s.name}_marks" for s in states)]
+    repeats = recurrence.triple.architecture.repeats
+    args = [
+        *_pointers(inputs),
+        *(f"{s.name}_start" for s in states),
+        *(f"{s.name}_end" for s in states),
+        *(f"{s.name}_marks" for s in states),
+    ]
     call = ", ".join([*(x.name for x in inputs), *(s.name for s in states)])
     got = ", ".join(f"{s.name}" for s in states)
     lines = [
@@ -280,7 +324,6 @@ def _forward_kernel(recurrence: Recurrence, inputs: tuple, states: tuple) -> str
         f"            {_store('variance_ptr', 't * H + h', ('i',), 'variance')}",
         *(f"    {_store(f'{s.name}_end', 'row', s.dims, s.name)}" for s in states),
     ]
-    del new
     return "\n".join(lines)
 
 
@@ -289,8 +332,10 @@ def _backward_kernel(recurrence: Recurrence, inputs: tuple, states: tuple, grade
     repeats = recurrence.triple.architecture.repeats
     mine = [x for x in inputs if x.name in graded]
     fixed = [x for x in mine if x.per == "static"]
-    args = [*_pointers(inputs), *(f"{s.name}_marks" for s in states), *(f"{s.name}_kept" for s in states), *(f"d_{s.name}_end" for s in states),
-            *(f"d_{x.argument}_ptr" for x in {x.argument: x for x in mine}.values()), *(f"d_{s.name}_start" for s in states)]  # fmt: skip
+    saved = [f"{s.name}_{what}" for what in ("marks", "kept") for s in states]
+    ends = [f"d_{s.name}_end" for s in states]
+    grads = [f"d_{x.argument}_ptr" for x in {x.argument: x for x in mine}.values()]
+    args = [*_pointers(inputs), *saved, *ends, *grads, *(f"d_{s.name}_start" for s in states)]
     given = ", ".join([*(x.name for x in inputs), *(s.name for s in states)])
     outside = ", ".join(["d_o", "d_variance", *(f"d_{s.name}" for s in states)])
     results = ", ".join([*(f"now_{x.name}" for x in mine), *(f"d_{s.name}" for s in states)])
@@ -303,7 +348,10 @@ def _backward_kernel(recurrence: Recurrence, inputs: tuple, states: tuple, grade
         *_loads(inputs, repeats, False, "    "),
         *(f"    {_load(f'd_{s.name}', f'd_{s.name}_end', 'row', s.dims)}" for s in states),
         *(f"    d_{s.name} = tl.where(block == 0, d_{s.name}, 0.0)" for s in states if "i" not in s.dims),
-        *(f"    d_{x.name} = tl.zeros({_shape(x.dims)}, ACC)" if x.dims else f"    d_{x.name} = tl.zeros([1], ACC)" for x in fixed),
+        *(
+            f"    d_{x.name} = tl.zeros({_shape(x.dims)}, ACC)" if x.dims else f"    d_{x.name} = tl.zeros([1], ACC)"
+            for x in fixed
+        ),
         "    marks, segments = tl.load(mark_offsets + n), tl.cdiv(last - first, every)",
         "    for back in range(0, segments):",
         "        segment = segments - 1 - back",
@@ -312,14 +360,14 @@ def _backward_kernel(recurrence: Recurrence, inputs: tuple, states: tuple, grade
         *(f"        {_load(s.name, f'{s.name}_marks', '(marks + segment) * H + h', s.dims)}" for s in states),
         "        for at in range(0, length):",
         "            t = begin + at",
-        *(f"            {_store(f'{s.name}_kept', kept, _full(s.dims), s.name)}" for s in states),
+        *(f"            {_store(f'{s.name}_kept', kept, s.dims, s.name)}" for s in states),
         *_loads(inputs, repeats, True, "            "),
         f"            o, variance, {', '.join(s.name for s in states)} = step({given}, scale, K, BK)",
         "        tl.debug_barrier()",
         "        for step_back in range(0, length):",
         "            at = length - 1 - step_back",
         "            t = begin + at",
-        *(f"            {_load(s.name, f'{s.name}_kept', kept, _full(s.dims))}" for s in states),
+        *(f"            {_load(s.name, f'{s.name}_kept', kept, s.dims)}" for s in states),
         *_loads(inputs, repeats, True, "            "),
         f"            {_load('d_o', 'd_o_ptr', 't * H + h', ('i',))}",
         "            d_variance = tl.zeros([BV], ACC)",
@@ -327,16 +375,19 @@ def _backward_kernel(recurrence: Recurrence, inputs: tuple, states: tuple, grade
         f"                {_load('d_variance', 'd_variance_ptr', 't * H + h', ('i',))}",
         f"            {results} = step_adjoint({given}, {outside}, scale, K, BK)",
         *(f"            d_{x.name} += now_{x.name}" for x in fixed),
-        *(f"            {_store(f'd_{x.argument}_ptr', _grad_row(x, repeats), x.dims, f'now_{x.name}')}" for x in mine if x.per != "static"),
+        *(
+            f"            {_store(f'd_{x.argument}_ptr', _grad_row(x, repeats), x.dims, f'now_{x.name}')}"
+            for x in mine
+            if x.per != "static"
+        ),
         "        tl.debug_barrier()",
         *(f"    {_store_fixed(x)}" for x in fixed),
-        *(f"    {_store(f'd_{s.name}_start', 'row' if 'i' in s.dims else 'block * rows + row', s.dims, f'd_{s.name}')}" for s in states),
+        *(
+            f"    {_store(f'd_{s.name}_start', 'row' if 'i' in s.dims else 'block * rows + row', s.dims, f'd_{s.name}')}"
+            for s in states
+        ),
     ]
     return "\n".join(lines)
-
-
-def _full(dims: tuple[str, ...]) -> tuple[str, ...]:
-    return dims
 
 
 def _grad_row(x: Slot, repeats: int) -> str:
@@ -350,6 +401,3 @@ def _store_fixed(x: Slot) -> str:
     if not x.dims:
         return f"tl.store(d_{x.argument}_ptr + ({row}) + tl.arange(0, 1), d_{x.name})"
     return _store(f"d_{x.argument}_ptr", row, x.dims, f"d_{x.name}")
-
-
-__all__ = ["SIZE", "K", "Module", "Slot", "TritonPrinter", "argument_names", "l", "leaves", "module"]
