@@ -122,7 +122,9 @@ def imports(tree: ast.Module, package: str) -> Iterator[tuple[str, bool, int]]:
                 name = child.args[0] if child.args else None
                 if isinstance(name, ast.Constant):
                     yield name.value, inside, child.lineno
-            yield from visit(child, inside or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda))
+            later = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            later |= isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"  # never runs
+            yield from visit(child, inside or later)
 
     return visit(tree, False)
 
@@ -197,6 +199,7 @@ def test_import_faults_are_seen(tmp_path, place, text, rule):
         ("kernels/scan", "from unify.kernels.launch import run\nfrom .launch import run\nfrom . import launch"),
         ("unify/op", "import torch\ndef f():\n    from unify.kernels import scan\n    from unify.models import zoo"),
         ("derivations/edges", "import sympy\nfrom unify.models.zoo import PALIMPSA"),
+        ("unify/show", "if TYPE_CHECKING:\n    from .models.zoo import Model"),
         ("models/layer", "import torch\nfrom unify.op import compile\nfrom . import zoo"),
         ("unify/triple", "import torchless\nfrom testsuite import x"),
     ],

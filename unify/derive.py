@@ -379,9 +379,10 @@ class _Derivation:
         """Name e = v - read . s* (what the anchor does not predict) and write the slope with it."""
         stage = self.stage
         where = self._anchored(contract(stage.read * array("anchor", (j, i)), j))
-        if where == 0:
+        predicted = where * (stage.importance if stage.evidence else 1)
+        if predicted == 0:
             return slope
-        residual = stage.value - where * (stage.importance if stage.evidence else 1)
+        residual = stage.value - predicted
         strength = (1 if stage.evidence else stage.beta) * at_index(stage.key, j, a)
         n = sum(step.name.startswith("e") for step in self.steps)
         name = "e" if n == 0 else f"e_{n + 1}"

@@ -219,6 +219,8 @@ def _stage(triple: Triple, n: int, o: Observation) -> Stage:
         value = array(name("v"), (i,)) * (array(name("write"), (i,)) if arch.write_gate else 1)
         beta = sp.S.One if arch.precision == "one" else array(name("beta"), GATE_DIMS[arch.precision])
         importance = beta if arch.importance == "tied" else array(name("importance"), GATE_DIMS[arch.importance])
+    if arch.value == "evidence" and triple.curvatures[n] == "none":
+        importance = sp.S.Zero  # evidence r = beta v without a curvature says nothing of beta
     return Stage(key, read, value, beta, importance, triple.curvatures[n], triple.anchors[n], arch.value == "evidence")
 
 

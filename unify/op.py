@@ -260,10 +260,8 @@ class Op:
             ]
             want = (*lead, *(sizes[_size(d)] for d in wanted[name].dims))
             if tuple(x.shape) != want:
-                axis = next(
-                    (f"axis {at}" for at, (a, b) in enumerate(zip(x.shape, want, strict=False)) if a != b),
-                    "the number of axes",
-                )
+                differ = [at for at, (a, b) in enumerate(zip(x.shape, want, strict=False)) if a != b]
+                axis = f"axis {differ[0]}" if x.ndim == len(want) else "the number of axes"
                 raise UnifyError(
                     f"{name} {list(x.shape)}",
                     f"{axis} does not fit q {list(inputs['q'].shape)}",

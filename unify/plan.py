@@ -75,7 +75,8 @@ def _boundary(s: Structure) -> str:
     """Conditions of the families whose precision is a matrix state carried by boundary sums."""
     if s.transition == "rank one":
         return "a matrix precision next to a rank-one transition"
-    if "bonus" in {name_of(x) for x in arrays(s.direct)} and (s.read == "solve" or len(s.steps) > 1):
+    beside = {name_of(x) for x in arrays(s.direct)}
+    if "bonus" in beside and (s.read == "solve" or len(s.steps) > 1 or "prior_mean" in beside):
         return "the bonus meets the precision too, apart from the state"
     big = [x for x in s.autonomous if len(x.dims) > 1]
     if len(big) != 1 or len(s.autonomous) != 1:

@@ -18,6 +18,7 @@ CHOICES = {
     "value": ("evidence", "observation"),
     "read": ("after", "before"),
     "key": ("free", "complement", "tempered"),
+    "observed": ("k", "p", "a", "b", "-k", "-p", "-a", "-b"),
     "curvature": ("none", "isotropic", "key", "diagonal", "full"),
     "anchor": ("prior", "predicted", "previous"),
     "anchor_weight": ("one", "head", "key"),
@@ -49,6 +50,11 @@ class Observation:
     key: str = "k"
     read: str = ""
     target: bool = True
+
+    def __post_init__(self):
+        for name in ("key", "read"):
+            if name == "key" or self.read != "":
+                _choice("Observation", name, getattr(self, name), "observed")
 
     @property
     def plain(self) -> bool:
@@ -96,11 +102,17 @@ class Architecture:
             raise UnifyError(
                 f"observations={self.observations!r}", "a token must observe something", "pass a tuple of Observation"
             )
+        if not any(o.target for o in self.observations):
+            raise UnifyError(
+                "observations without a target",
+                "architecture: a memory that is only erased holds nothing, and there is no v",
+                "give an observation a target",
+            )
         if not isinstance(self.repeats, int) or self.repeats < 1:
             raise UnifyError(
                 f"repeats={self.repeats!r}", "a token is observed a whole number of times", "use 1 or more"
             )
-        if self.scale is not None and not self.scale > 0:
+        if self.scale is not None and not (isinstance(self.scale, int | float) and self.scale > 0):
             raise UnifyError(
                 f"scale={self.scale!r}",
                 "the query's scale must be positive",
@@ -213,6 +225,10 @@ class Prior:
         _choice("Prior", "precision", self.precision, "prior.precision")
         for name in ("mean", "dynamics", "noise"):
             _choice("Prior", name, getattr(self, name))
+        if not isinstance(self.adaptive, Ridge | Squash | None):
+            raise UnifyError(
+                f"adaptive={self.adaptive!r}", "the prior has no such adaptive", "use Ridge(), Squash() or None"
+            )
         if (self.dynamics == "diffusion") != (self.noise != "none"):
             raise UnifyError(
                 f"dynamics={self.dynamics!r} with noise={self.noise!r}",
@@ -236,6 +252,10 @@ class Triple:
     prior: Prior = field(default_factory=Prior)
 
     def __post_init__(self):
+        for name, leg in (("architecture", Architecture), ("posterior", Posterior), ("prior", Prior)):
+            if not isinstance(getattr(self, name), leg):
+                given = f"{name}={getattr(self, name)!r}"
+                raise UnifyError(given, f"a triple's {name} is one of its legs", f"pass {leg.__name__}(...)")
         for check in (
             _check_counts,
             _check_curvature,
@@ -440,15 +460,12 @@ def _check_projection(a: Architecture, p: Posterior, prior: Prior) -> None:
 
 
 def _check_unused(a: Architecture, p: Posterior, prior: Prior) -> None:
-    if (
-        a.importance != "tied"
-        and set(_per_stage(p.curvature, a)) == {"none"}
-        and not isinstance(prior.adaptive, Squash)
-    ):
+    curved = any(o.target and c != "none" for o, c in zip(a.stages, _per_stage(p.curvature, a), strict=True))
+    if a.importance != "tied" and not curved and not isinstance(prior.adaptive, Squash):
         raise UnifyError(
-            f"importance={a.importance!r} with curvature='none'",
+            f"importance={a.importance!r} with curvature={p.curvature!r}",
             "architecture: the importance would not be used",
-            "use importance='tied', or a curvature",
+            "use importance='tied', or a curvature where there is a target",
         )
     if a.mix and not ("full" in _per_stage(p.curvature, a) and p.projection == "keep"):
         raise UnifyError(
@@ -456,11 +473,11 @@ def _check_unused(a: Architecture, p: Posterior, prior: Prior) -> None:
             "architecture: the read-out solves nothing to mix with",
             "use curvature='full' with projection='keep'",
         )
-    if a.precision != "one" and not any(o.target for o in a.stages):
+    if a.key != "free" and not any("k" in (o.key.strip("-"), o.read.strip("-")) for o in a.stages):
         raise UnifyError(
-            f"precision={a.precision!r} without a target",
-            "architecture: beta would not be used",
-            "give an observation a target, or use precision='one'",
+            f"key={a.key!r} where nothing is observed along k",
+            "architecture: the key would not be used",
+            "use key='free', or observe along k",
         )
 
 

@@ -20,9 +20,6 @@ from torch.autograd.function import once_differentiable
 
 __all__ = ["boundary_states", "decayed_sum", "elementwise", "linear", "rank_one", "solve"]
 
-Halves = tuple[Tensor, Tensor]
-
-
 # ---- layout ----------------------------------------------------------------------------------------------------------
 
 
@@ -31,10 +28,10 @@ def _fit(chunk: int, T: int) -> int:
     return 1 << (min(chunk, T) - 1).bit_length()
 
 
-def _split(x: Tensor, C: int) -> Tensor:
-    """[B, T, H, X] -> [N, B H, C, X], zeros after the last token."""
+def _split(x: Tensor, C: int, fill: float = 0.0) -> Tensor:
+    """[B, T, H, X] -> [N, B H, C, X], filled up with zeros after the last token."""
     short = -x.shape[1] % C
-    x = F.pad(x, (0, 0, 0, 0, 0, short)) if short else x
+    x = F.pad(x, (0, 0, 0, 0, 0, short), value=fill) if short else x
     return x.unflatten(1, (-1, C)).permute(1, 0, 3, 2, 4).flatten(1, 2).contiguous()
 
 
@@ -58,26 +55,26 @@ def _after(first: Tensor, x: Tensor) -> Tensor:
     return torch.cat((first[:, None], x[:, :-1]), 1)
 
 
-# Numbers of one tensor handled at a time (measured): large enough for a vector operation to be worth its call, small
-# enough that temporaries stay in cache and are reused. A fresh page of memory costs more than the arithmetic done in it.
-_SLAB, _STATES = 1 << 17, 1 << 18
+# Bytes of one tensor worked on at a time, and of one state walked token by token (both measured): large enough for a
+# vector operation to be worth its call, small enough that temporaries stay in cache and their memory is used again,
+# since a fresh page costs more than the arithmetic done in it.
+_SLAB, _STATES = 1 << 20, 1 << 21
 
 
 def _sweep(body: Callable, C: int, state, *xs: Tensor, slab: int | None = None):
     """`body(state, *some chunks of xs) -> (results, state)` along the sequence; results joined, and the last state."""
-    B, _, H = xs[0].shape[:3]
-    size = B * H * C * max(x.shape[-1] for x in xs)
-    step, out = C * max(1, (slab or _SLAB) // size), []
+    chunk = max(x[:, :C].nbytes for x in xs)
+    step, out = C * max(1, (slab or _SLAB) // chunk), []
     for part in zip(*(x.split(step, 1) for x in xs), strict=True):
         results, state = body(state, *part)
         out.append(results)
     return tuple(torch.cat(x, 1) for x in zip(*out, strict=True)), state
 
 
-def _few(R: int, size: int, target: int) -> list[slice]:
-    """Slices of R rows of `size` numbers each, about `target` numbers a slice."""
-    n = max(1, target // size)
-    return [slice(i, min(i + n, R)) for i in range(0, R, n)]
+def _few(x: Tensor, target: int, dim: int = 0) -> list[slice]:
+    """Slices of x along a dimension, of about `target` bytes each."""
+    n = max(1, target * x.shape[dim] // max(1, x.nbytes))
+    return [slice(i, min(i + n, x.shape[dim])) for i in range(0, x.shape[dim], n)]
 
 
 # ---- decayed sums ----------------------------------------------------------------------------------------------------
@@ -91,8 +88,9 @@ def _scan(g: Tensor, x: Tensor, x0: Tensor) -> Tensor:
     B, T = x.shape[:2]
     c = T + 1 if T <= 32 else int(T**0.5) + 1
     n = -(-(T + 1) // c)
-    blocks = lambda *parts: torch.cat((*parts, x.new_zeros(B, n * c - T - 1, *parts[0].shape[2:])), 1).unflatten(1, (n, c))  # noqa: E731
-    y, g = blocks(x0[:, None], x), blocks(torch.zeros_like(g[:, :1]), g)
+    fill = n * c - T - 1
+    y = torch.cat((x0[:, None], x, x.new_zeros(B, fill, *x.shape[2:])), 1).unflatten(1, (n, c))
+    g = torch.cat((g.new_zeros(B, 1, *g.shape[2:]), g, g.new_zeros(B, fill, *g.shape[2:])), 1).unflatten(1, (n, c))
     a = g.exp()
     for i in range(1, c):
         y[:, :, i].addcmul_(a[:, :, i], y[:, :, i - 1])
@@ -149,7 +147,7 @@ def boundary_states(g: Tensor, k: Tensor, v: Tensor, s0: Tensor, chunk: int) -> 
     """S_t = Diag(exp g_t) S_{t-1} + k_t v_t^T at the start of every chunk, by matrix products.
 
     g: [B, T, H] or [B, T, H, K], log decay <= 0; k: [B, T, H, K]; v: [B, T, H, V]; s0: [B, H, K, V]
-    Returns S [B, N, H, K, V], N = ceil(T / chunk), the state before tokens 0, chunk, 2 chunk, ..., and S_T [B, H, K, V].
+    Returns S [B, N, H, K, V], N = ceil(T / chunk), the states before tokens 0, chunk, 2 chunk, ..., and S_T [B, H, K, V]
     Cost: 2 T H K V operations and N H K V for the sum over chunks.
     """
     B, T, H = k.shape[:3]
@@ -161,8 +159,8 @@ def boundary_states(g: Tensor, k: Tensor, v: Tensor, s0: Tensor, chunk: int) -> 
 # ---- decayed scores inside a chunk -----------------------------------------------------------------------------------
 
 
-def _halves(x: Tensor, m: int) -> Halves:
-    """Views of the first and second blocks of every pair of blocks of m tokens: [..., C, X] -> [..., C / 2m, m, X] each."""
+def _halves(x: Tensor, m: int) -> tuple[Tensor, Tensor]:
+    """Views of the first and the second of every two blocks of m tokens: [..., C, X] -> twice [..., C / 2m, m, X]."""
     x = x.unflatten(-2, (-1, 2, m))
     return x[..., 0, :, :], x[..., 1, :, :]
 
@@ -205,14 +203,14 @@ def _meet(rows: Tensor, cols: Tensor, read: Tensor, write: Tensor, m: int) -> tu
 
 
 class _ChannelScores(torch.autograd.Function):
-    """`_scores` for a decay per key channel, and its adjoint, a few chunks at a time so that the work stays in cache."""
+    """`_scores` for a decay per key channel, and its adjoint, as many chunks at a time as stay in cache."""
 
     @staticmethod
     def forward(ctx, rows: Tensor, cols: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         R, P, C, K = rows.shape
         Q = cols.shape[1]
         A, inside, outside = rows.new_zeros(R, P, C, Q, C), torch.empty_like(rows), torch.empty_like(cols)
-        for s in _few(R, C * K, _SLAB):
+        for s in _few(g, _SLAB):
             q, k = rows[s], cols[s]
             A[s].diagonal(dim1=2, dim2=4).copy_((q[:, :, None] * k[:, None]).sum(-1))
             for m, read, write in _levels(g[s]):
@@ -229,9 +227,9 @@ class _ChannelScores(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dA: Tensor, d_inside: Tensor, d_outside: Tensor):
         rows, cols, g = ctx.saved_tensors
-        (R, P, C, K), Q = rows.shape, cols.shape[1]
+        P, C, Q = rows.shape[1], rows.shape[2], cols.shape[1]
         d_rows, d_cols, dg = torch.empty_like(rows), torch.empty_like(cols), torch.empty_like(g)
-        for s in _few(R, C * K, _SLAB):
+        for s in _few(g, _SLAB):
             q, k, dq, dk = rows[s], cols[s], d_rows[s], d_cols[s]
             same = dA[s].diagonal(dim1=2, dim2=4)[..., None]
             torch.sum(same * k[:, None], 2, out=dq)
@@ -278,13 +276,14 @@ def _add_product(o: Tensor, A: Tensor, v: Tensor) -> Tensor:
 
 
 def linear(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, s0: Tensor, *, before: bool = False, chunk: int = 64
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, s0: Tensor, *, before: bool = False, chunk: int = 32
 ) -> tuple[Tensor, Tensor]:
     """S_t = Diag(exp g_t) S_{t-1} + k_t v_t^T ;  o_t = S_t^T q_t, or S_{t-1}^T q_t when `before` (not decayed).
 
-    q, k: [B, T, H, K] (q scaled already); v: [B, T, H, V]; g: [B, T, H] or [B, T, H, K], log decay <= 0; s0: [B, H, K, V]
-    Returns o [B, T, H, V] and S_T [B, H, K, V]. chunk: rounded up to a power of two.
-    Cost: T H (C (K + V) + 2 K V) multiply-adds in matrix products; per channel log2(C) passes of T H K exponentials more.
+    q, k: [B, T, H, K] (q scaled already); v: [B, T, H, V]; g: [B, T, H] or [B, T, H, K], log decay <= 0
+    s0: [B, H, K, V]. Returns o [B, T, H, V] and S_T [B, H, K, V]. chunk: rounded up to a power of two.
+    Cost: T H (C (K + V) + 2 K V) multiply-adds in matrix products; with a decay per channel, log2(C) passes over the
+    keys and queries more. (32 and 64 are the fastest chunks in both precisions; fewer scores against fewer states.)
     """
     if before:
         o, last = linear(_next(q), k, v, g, s0, chunk=chunk)
@@ -307,8 +306,9 @@ def _linear(C: int, s0: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor):
 
 
 def rank_one(
-    q: Tensor, r: Tensor, w: Tensor, k: Tensor, v: Tensor, g: Tensor, s0: Tensor, *, before: bool = False, chunk: int = 64
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, r: Tensor, w: Tensor, k: Tensor, v: Tensor, g: Tensor, s0: Tensor, *,
+    before: bool = False, chunk: int = 32,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """S_t = Diag(exp g_t) S_{t-1} - w_t (r_t^T S_{t-1}) + k_t v_t^T ;  o_t = S_t^T q_t, or S_{t-1}^T q_t when `before`.
 
     r reads the state *before* it decays (the delta rule: r = exp(g) k, w = k = beta k, v). With y_t = S_{t-1}^T r_t and
@@ -354,7 +354,9 @@ def _unit_solve(A: Tensor, y: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(A.mT, y.mT, upper=True, left=False, unitriangular=True).mT
 
 
-def _walk(x: Tensor, z: Tensor, w: Tensor, added: Tensor | None, decay: Tensor, S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _walk(
+    x: Tensor, z: Tensor, w: Tensor, added: Tensor | None, decay: Tensor, S: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Chunk after chunk, u = z - x S and S <- decay S + w^T u + added: states at the starts, all u, the last state."""
     starts, us = [], []
     for n in range(len(x)):
@@ -371,7 +373,8 @@ def _walk(x: Tensor, z: Tensor, w: Tensor, added: Tensor | None, decay: Tensor, 
 
 def elementwise(
     q: Tensor, k: Tensor, v: Tensor, b: Tensor, g: Tensor, prior: Tensor, M0: Tensor, I0: Tensor, *,
-    spread: Tensor | None = None, before: bool = False, bonus: Tensor | None = None, variance: bool = False, chunk: int = 64,
+    spread: Tensor | None = None, before: bool = False, bonus: Tensor | None = None, variance: bool = False,
+    chunk: int = 64,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:  # fmt: skip
     """M_t = a_t M_{t-1} + k_t v_t^T and I_t = a_t I_{t-1} + k_t^2 b_t^T (a = exp g), read by a division per element:
 
@@ -382,8 +385,8 @@ def elementwise(
     q, k: [B, T, H, K] (q scaled already); v, b: [B, T, H, V]; g: [B, T, H] or [B, T, H, K], log decay <= 0
     prior: [H, 1, 1], [H, K, 1] or [H, K, V], > 0; M0, I0: [B, H, K, V], I without the prior; bonus: [H, K]
     spread: [B, T, H, K], what takes the place of k^2
-    Returns o, var [B, T, H, V] (None unless `variance`), M_T, I_T [B, H, K, V]. Cost: T H K V divisions, 4 multiply-adds
-    each. Nothing of size T K V is kept for the gradient: only the states at the chunks' starts.
+    Returns o, var [B, T, H, V] (None unless `variance`), M_T, I_T [B, H, K, V]. Cost: T H K V divisions, with 5
+    multiply-adds each. Nothing of size T K V is kept for the gradient, only the states at the chunks' starts.
     """
     C, H = _fit(chunk, q.shape[1]), q.shape[2]
     spread = k * k if spread is None else spread
@@ -395,7 +398,8 @@ def elementwise(
             weights.append(q * bonus * _next(k))
     prior = prior.expand(H, *M0.shape[2:]).contiguous()
     w = torch.stack(weights, 3).flatten(3) if weights else q[..., :0]
-    (o, z), (MT, IT) = _sweep(partial(_elementwise, C, prior), C, (M0, I0), q, k, v, b, _wide(g), spread, w, slab=_STATES)
+    inputs = (q, k, v, b, _wide(g), spread, w)
+    (o, z), (MT, IT) = _sweep(partial(_elementwise, C, prior), C, (M0, I0), *inputs, slab=_STATES)
     z = z.unflatten(-1, (len(weights), v.shape[-1])) if weights else z
     if before:
         if bonus is not None:
@@ -448,7 +452,7 @@ class _Quotient(torch.autograd.Function):
         n, V = w.shape[-1] // K, v.shape[-1]
         o, z = torch.empty_like(v), v.new_empty(R, H, C, n, V)
         w_ = w.unflatten(-1, (n, K)) if n else w
-        for i in _blocks(R, H, K * V):
+        for i in _blocks(M0):
             M, p = M0[i].clone(), prior[i[1]]
             J, ratio = p + I0[i], torch.empty_like(M)
             qi, oi, wi, zi = q[i], o[i], w_[i], z[i]
@@ -467,11 +471,11 @@ class _Quotient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, do, dz):
         q, w, k, v, s, b, g, M0, I0, prior = ctx.saved_tensors
-        R, H, C, K = q.shape
-        n, V = w.shape[-1] // K, v.shape[-1]
+        K = q.shape[-1]
+        n = w.shape[-1] // K
         dq, dw, dk, dv, ds, db, dM, dI = (torch.empty_like(x) for x in (q, w, k, v, s, b, M0, I0))
         net, d_prior = torch.empty_like(q), torch.zeros_like(prior)
-        for i in _blocks(R, H, K * V):
+        for i in _blocks(M0):
             ins = [x[i] for x in (q, w, k, v, s, b, g, M0, I0)]
             outs = [x[i] for x in (dq, dw, dk, dv, ds, db, net, dM, dI)]
             _quotient_adjoint(ins, outs, do[i], dz[i], prior[i[1]], d_prior[i[1]], n)
@@ -480,9 +484,9 @@ class _Quotient(torch.autograd.Function):
         return dq, dw, dk, dv, ds, db, net.flip(2).cumsum(2).flip(2), dM, dI, d_prior
 
 
-def _blocks(R: int, H: int, size: int) -> list[tuple[slice, slice]]:
-    """Slices of (rows, heads) with about a slab's numbers in the states."""
-    return [(r, h) for h in _few(H, size, _STATES) for r in _few(R, size * (h.stop - h.start), _STATES)]
+def _blocks(M: Tensor) -> list[tuple[slice, slice]]:
+    """Slices (rows, heads) of the states M [R, H, K, V], few enough at a time for the cache."""
+    return [(rows, heads) for heads in _few(M[:1], _STATES, 1) for rows in _few(M[:, heads], _STATES)]
 
 
 def _quotient_adjoint(ins, outs, do, dz, p, d_prior, n, span: int = 8):
@@ -504,7 +508,8 @@ def _quotient_adjoint(ins, outs, do, dz, p, d_prior, n, span: int = 8):
     dI.zero_()
     for t0 in reversed(range(0, C, span)):
         M, J = starts.pop()
-        history = [(M.clone(), J.clone()) for _ in _advance(*(x[:, :, t0 : t0 + span] for x in (k, v, s, b, g)), p, M, J)]
+        tokens = _advance(*(x[:, :, t0 : t0 + span] for x in (k, v, s, b, g)), p, M, J)
+        history = [(M.clone(), J.clone()) for _ in tokens]
         for t in reversed(range(t0, t0 + len(history))):
             M, J = history.pop()
             at = [x[:, :, t] for x in (q, w, k, v, s, b, do, dz)]
@@ -546,9 +551,10 @@ def _quotient_token(at, to, M, J, p, DM, DI, d_prior, n):
 
 def solve(
     q: Tensor, k: Tensor, v: Tensor, b: Tensor, g: Tensor, prior: Tensor | None, M0: Tensor, P0: Tensor, *,
-    before: bool = False, variance: bool = False, ridge: Tensor | None = None, mix: Tensor | None = None, chunk: int = 64,
+    before: bool = False, variance: bool = False, ridge: Tensor | None = None, mix: Tensor | None = None,
+    chunk: int = 64,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:  # fmt: skip
-    """P_t = a_t P_{t-1} + b_t k_t k_t^T, M_t = a_t M_{t-1} + k_t v_t^T (a = exp g), read through x_t = (P_t + Lambda)^-1 q_t:
+    """P_t = a_t P_{t-1} + b_t k_t k_t^T, M_t = a_t M_{t-1} + k_t v_t^T (a = exp g), x_t = (P_t + Lambda)^-1 q_t:
 
         o_t = M_t^T x_t,  or M_t^T ((1 - mix_t) q_t + mix_t x_t);   var_t = q_t . x_t, the same for every value channel.
     Lambda = diag(prior), or ridge ||P_t||_F 1 if `ridge` is given (then `prior` is not used); where P_t = 0 that system
@@ -560,12 +566,9 @@ def solve(
     more for a gradient; no matrix is kept for it.
     """
     if before:
-        x0 = _resolved(q[:, 0], P0, prior, ridge)
-        first = torch.einsum("bhk,bhkv->bhv", x0 if mix is None else torch.lerp(q[:, 0], x0, mix[:, 0, :, None]), M0)
-        o, var, MT, PT = solve(
-            _next(q), k, v, b, g, prior, M0, P0, variance=variance, ridge=ridge, mix=None if mix is None else _next(mix), chunk=chunk
-        )
-        level = (q[:, 0] * x0).sum(-1, keepdim=True).expand_as(first)
+        first, level = _solve_read(q[:, 0], M0, P0, prior, ridge, None if mix is None else mix[:, 0, :, None])
+        later = {"ridge": ridge, "mix": None if mix is None else _next(mix), "variance": variance, "chunk": chunk}
+        o, var, MT, PT = solve(_next(q), k, v, b, g, prior, M0, P0, **later)
         return _after(first, o), _after(level, var) if variance else None, MT, PT
     C = _fit(chunk, q.shape[1])
     bk, g = b[..., None] * k, _wide(g)
@@ -587,10 +590,12 @@ def _ridge(square: Tensor, ridge: Tensor) -> Tensor:
     return torch.where(some, ridge * torch.where(some, square, 1.0).sqrt(), 1.0)
 
 
-def _resolved(q: Tensor, P: Tensor, prior: Tensor | None, ridge: Tensor | None) -> Tensor:
-    """(P + Lambda)^-1 q for one token: q [B, H, K], P [B, H, K, K]."""
-    diagonal = prior.expand_as(q) if ridge is None else _ridge((P * P).sum((-2, -1))[..., None], ridge[:, None]).expand_as(q)
-    return torch.linalg.solve(P + torch.diag_embed(diagonal), q)
+def _solve_read(q: Tensor, M: Tensor, P: Tensor, prior: Tensor | None, ridge: Tensor | None, mix: Tensor | None):
+    """One token's o and var [B, H, V] from q [B, H, K] and its states."""
+    diagonal = prior if ridge is None else _ridge((P * P).sum((-2, -1))[..., None], ridge[:, None])
+    x = torch.linalg.solve(P + torch.diag_embed(diagonal.expand_as(q)), q)
+    o = torch.einsum("bhk,bhkv->bhv", x if mix is None else torch.lerp(q, x, mix), M)
+    return o, (q * x).sum(-1, keepdim=True).expand_as(o)
 
 
 def _square_norm(C: int, P0: Tensor, k: Tensor, bk: Tensor, g: Tensor):
@@ -603,7 +608,8 @@ def _square_norm(C: int, P0: Tensor, k: Tensor, bk: Tensor, g: Tensor):
     D = D[..., 0, :]
     starts, last = _boundaries(k * to_end, bk, g.sum(-2), P0.flatten(0, 1))
     cross = ((k @ starts) * bk).sum(-1, keepdim=True)
-    square = (e * e) * (starts * starts).sum((-2, -1))[..., None, None] + 2 * e * (D @ cross) + ((D @ gram) * D).sum(-1, keepdim=True)
+    square = (e * e) * (starts * starts).sum((-2, -1))[..., None, None]
+    square = square + 2 * e * (D @ cross) + ((D @ gram) * D).sum(-1, keepdim=True)
     return (_merge(square, B, T),), last.unflatten(0, (B, H))
 
 
@@ -637,12 +643,12 @@ class _Newton(torch.autograd.Function):
 def _solve_tokens(C: int, P0: Tensor, q, k, bk, g, diagonal):
     """(P_t + diag_t)^-1 q_t for all tokens: the matrices of many chunks at once, one token of each after another."""
     B, T, H, K = q.shape
-    q, k, bk, g, diagonal = (_split(x, C) for x in (q, k, bk, g, diagonal))
-    diagonal = torch.where(diagonal == 0, 1.0, diagonal)  # tokens that fill up a chunk
+    diagonal = _split(diagonal, C, fill=1.0)
+    q, k, bk, g = (_split(x, C) for x in (q, k, bk, g))
     starts, last = _boundaries(k * _to_end(g), bk, g.sum(-2), P0.flatten(0, 1))
     x, shape = torch.empty_like(q), q.shape
     q, k, bk, g, diagonal, starts, x = (y.flatten(0, 1) for y in (q, k, bk, g, diagonal, starts, x))
-    for i in _few(len(q), K * K, _STATES):
+    for i in _few(starts, _STATES):
         P, keep = starts[i].clone(), g[i].exp()
         for t in range(C):
             P.mul_(keep[:, t, :, None]).addcmul_(k[i, t, :, None], bk[i, t, None])

@@ -119,7 +119,10 @@ class TorchPrinter:
     def assignment(self, step: Assign) -> str:
         """Source of one assignment."""
         if step.solve is None:
-            return f"{step.name} = {self.code(step.expr, step.dims)}"
+            text = self.code(step.expr, step.dims)
+            if step.dims and step.expr.is_number:  # a tensor too, so that it can be given channels
+                text = f"q.new_full({(1,) * len(step.dims)}, {text})"
+            return f"{step.name} = {text}"
         batch = tuple(d for d in step.dims if d == i)  # the matrix [.., (i), j, l], the solution [.., (i), j]
         right = f"{self._atom(step.expr, (*batch, j))}.expand(matrix.shape[:-1])"
         solved = f"torch.linalg.solve(matrix, {right}[..., None])[..., 0]"

@@ -1,0 +1,36 @@
+"""Shared by all tests: shapes and types of public signatures are checked at run time, and hypothesis repeats itself.
+
+HYPOTHESIS_PROFILE=thorough draws many more examples, at random; the default draws the same few every time.
+"""
+
+import os
+import sys
+
+import torch
+from hypothesis import HealthCheck, settings
+from jaxtyping import install_import_hook
+
+if not torch.cuda.is_available():  # kernels then run in Triton's interpreter; it asks once, when it is imported
+    os.environ["TRITON_INTERPRET"] = "1"
+
+# The modules that see tensors, but for unify.op, which checks its arguments itself and says more. Those that see sympy
+# are left out: a sympy Tuple is no tuple, and they are called a lot.
+CHECKED = (
+    "unify.lower.chunked",
+    "unify.lower.parallel",
+    "unify.lower.torch",
+    "unify.models",
+    "unify.testing",
+    "unify.verify",
+)
+
+if early := [name for name in CHECKED if name in sys.modules]:
+    raise RuntimeError(f"{', '.join(early)} was imported before its signatures could be checked")
+install_import_hook(CHECKED, "beartype.beartype")
+
+SLOW = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
+settings.register_profile(
+    "ci", derandomize=True, max_examples=10, deadline=None, database=None, suppress_health_check=SLOW
+)
+settings.register_profile("thorough", max_examples=200, deadline=None, database=None, suppress_health_check=SLOW)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
