@@ -29,3 +29,14 @@ def test_readme_commands_exist():
 
     named = set(re.findall(r"^    unify (\w+)", README.read_text(), flags=re.M))
     assert named == set(get_command(app).commands)
+
+
+def test_functions_win_over_the_modules_they_are_named_after():
+    import unify
+    import unify.confirm  # imports unify.derive on the way
+
+    assert callable(unify.derive)
+    assert callable(unify.confirm)
+    from unify import plan, structure
+
+    assert all(map(callable, (plan, structure)))

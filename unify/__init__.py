@@ -4,7 +4,9 @@ Declare a model as a triple (architecture, posterior, prior); the engine derives
 proves how models are limits of one another, and runs it. Nothing heavy is imported until it is used.
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 
 __version__ = "0.1.0"
 
@@ -23,11 +25,23 @@ _HOME = {name: module for module, names in _WHERE.items() for name in names}
 __all__ = [*_HOME, "__version__"]
 
 
+class _Package(ModuleType):
+    """Where a function is named as its module (derive, plan ...), the package's attribute is the function."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if _HOME.get(name) == name and isinstance(value, ModuleType):  # the import system binds a submodule
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
 def __getattr__(name: str):
     if name not in _HOME:
         raise AttributeError(f"module 'unify' has no attribute {name!r}")
     value = getattr(import_module(f".{_HOME[name]}", __name__), name)
-    globals()[name] = value  # a function named as its module (derive, plan) wins over the submodule
+    globals()[name] = value
     return value
 
 
