@@ -128,7 +128,7 @@ def _merged(expr: sp.Expr) -> sp.Expr:
     """sum_l f + sum_l g = sum_l (f + g): what is linear in contractions goes under one sign, if it cancels there."""
     index, inside, rest = sp.Dummy("l", integer=True), sp.S.Zero, sp.S.Zero
     for term in sp.Add.make_args(sp.expand(expr)):
-        sums = [x for x in sp.Mul.make_args(term) if isinstance(x, Sum)]
+        sums = [x for x in sp.Mul.make_args(term) if isinstance(x, Sum) and len(x.limits) == 1]
         if len(sums) == 1:
             inside += term / sums[0] * sums[0].function.subs(sums[0].limits[0][0], index)
         else:

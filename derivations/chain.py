@@ -46,14 +46,10 @@ class Path:
 
     def extended(self, edge: Edge, eps: sp.Symbol = EPS) -> Path | None:
         """This path and one more edge; None where what is composed is not finite (it divides by what is set to 0)."""
-        dims = {
-            **{name: d for name, (d, _) in signature(edge.parent_triple).items()},
-            **{s.name: s.dims for s in derive(edge.parent_triple).states},
-        }
-        values = {
-            name: at(expr.xreplace({EPS: eps}), dims[name])
-            for name, expr in {**edge.states(), **edge.arguments()}.items()
-        }
+        dims = {name: d for name, (d, _) in signature(edge.parent_triple).items()}
+        dims |= {s.name: s.dims for s in derive(edge.parent_triple).states}
+        said = {**edge.states(), **edge.arguments()}
+        values = {name: at(expr.xreplace({EPS: eps}), dims[name]) for name, expr in said.items()}
         coming = edge.free()
         clash = {name: d for name, d in self.free if name in coming or name in signature(edge.child_triple)}
         apart = {name: at(array(name + "_again", d), d) for name, d in clash.items()}
@@ -62,10 +58,8 @@ class Path:
         output = told(self.output) * edge.output.xreplace({EPS: eps})
         if any(x.has(sp.zoo, sp.nan, sp.oo) for x in (output, *(expr for _, expr in arguments))):
             return None
-        free = [
-            *((name + "_again" if name in clash else name, d) for name, d in self.free),
-            *((name, d) for name, (d, _) in coming.items()),
-        ]
+        free = [(name + "_again" if name in clash else name, d) for name, d in self.free]
+        free += [(name, d) for name, (d, _) in coming.items()]
         return Path((*self.edges, edge), arguments, output, tuple(free))
 
 
@@ -156,15 +150,10 @@ def prove(parent: str, child: str) -> Chain:
     start, goal = get(parent).name, get(child).name
     reached, path = _search(start, goal)
     if path is None:
+        fails = "a model is itself without a proof" if start == goal else "no path of edges leads from one to the other"
         near = ", ".join(reached[:6]) or "nothing"
-        fails = (
-            "there is no path of edges from one to the other" if start != goal else "a model is itself without a proof"
-        )
-        raise UnifyError(
-            f"prove({parent!r}, {child!r})",
-            fails,
-            f"{start} reaches {near}; `python -m unify.derivations` prints the map",
-        )
+        works = f"{start} reaches {near}; `python -m unify.derivations` prints the map"
+        raise UnifyError(f"prove({parent!r}, {child!r})", fails, works)
     return Chain(path, tuple(prove_edge(e) for e in path.edges))
 
 
@@ -179,16 +168,10 @@ def _search(start: str, goal: str) -> tuple[list[str], Path | None]:
         reached.append(node)
         if node == goal and path.edges:
             return reached[1:], composed(path.edges)
-        for edge in all_edges():
-            if (
-                edge.parent_name == node
-                and edge.child_name in ZOO
-                and edge.child_name not in reached
-                and _joins(path, edge)
-            ):
-                longer = path.extended(edge)
-                if longer is not None:
-                    heappush(queue, (longer.cost, next(tick), edge.child_name, longer))
+        for edge in (e for e in all_edges() if e.parent_name == node and e.child_name in ZOO and _joins(path, e)):
+            longer = path.extended(edge)
+            if longer is not None:
+                heappush(queue, (longer.cost, next(tick), edge.child_name, longer))
     return reached[1:], None
 
 
