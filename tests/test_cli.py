@@ -272,10 +272,17 @@ def short(monkeypatch):
         monkeypatch.setattr(bench, name, value)
 
 
-def test_bench(short):
-    page = unify("bench", "--quick", "--models", "mamba2,palimpsa,mesanet")
+def test_bench(short, monkeypatch):
+    page = unify("bench", "--models", "mamba2,palimpsa,mesanet")
     assert too_wide(page) == []
     assert all(word in page for word in ("chunked ms", "loop ms", "ratio", "torch", "processor", "10×", "3×"))
+    page = unify("bench", "--quick", "--models", "mamba2,palimpsa")
+    assert "T = 32" in page
+    monkeypatch.setattr(bench, "machine", lambda: {"load": "9.9", "cores": "2"})
+    assert "busy with other work" in unify("bench", "--quick", "-m", "mamba2")
+    monkeypatch.setattr(bench, "machine", lambda: {"load": "0.1", "cores": "2"})
+    assert "busy" not in unify("bench", "--quick", "-m", "mamba2")
+    assert "10×" not in page
     found = json.loads(unify("bench", "-m", "mamba2", "--json"))
     assert [row["dtype"] for row in found["rows"]] == ["float64", "float32"]
     assert all(row["verdict"] in ("met", "missed") and row["ratio"] > 0 for row in found["rows"])
@@ -311,7 +318,7 @@ def test_bench_refuses_to_time_a_wrong_result(short, monkeypatch):
         (["prove", "kda"], "a proof has two ends"),
         (["prove", "kda", "gla", "mamba2"], "a proof has two ends"),
         (["prove", "kda", "nobody"], "the zoo has no such model"),
-        (["prove", "linear_attention", "palimpsa"], "there is no path"),
+        (["prove", "linear_attention", "palimpsa"], "no path of edges"),
         (["prove", "--latex"], "name a parent and a child"),
         (["prove", "kda", "gla", "--all"], "name a parent and a child, or say --all"),
         (["verify"], "say --all"),

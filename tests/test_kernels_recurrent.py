@@ -20,7 +20,7 @@ from unify.lower.triton import leaves
 from unify.models.zoo import ZOO, get
 from unify.op import compile
 from unify.testing import random_inputs
-from unify.triple import Architecture, Posterior, Prior, Triple
+from unify.triple import Architecture, Posterior, Prior, Squash, Triple
 
 
 @pytest.fixture
@@ -145,6 +145,13 @@ def test_a_new_architecture_needs_no_kernel(small):
     )
     for errors in compare(triple, (5,), H=1, K=3, V=2):
         assert max(errors.values()) <= 1e-10
+
+
+def test_a_constant_where_a_vector_is_expected(small):
+    """Squash(base=1) makes the prior precision the constant 1."""
+    triple = replace(get("preconditioned_gdn").triple, prior=Prior(adaptive=Squash(base=1.0)))
+    forward, _ = compare(triple, (3,), H=1, K=3, V=2)
+    assert max(forward.values()) <= 1e-6
 
 
 def test_leaves_read_like_the_equations():

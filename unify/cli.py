@@ -438,7 +438,7 @@ def _texts(paths: list[Path]) -> list[Path]:
 
 @app.command()
 def bench(
-    quick: Annotated[bool, typer.Option("--quick", help="A quarter of the tokens, fewer repeats.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="An eighth of the tokens, fewer repeats.")] = False,
     models: Annotated[str | None, typer.Option("--models", "-m", metavar="A,B,C", help="Models to time.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -460,6 +460,8 @@ def bench(
     console.print(
         "\n" + ", ".join(f"{name} {value}" for name, value in report.machine.items()), style="dim", markup=False
     )
+    if report.busy:
+        console.print("The machine was busy with other work: time it again when it is not.", style="yellow")
 
 
 @app.command()

@@ -74,7 +74,9 @@ class TritonPrinter(TorchPrinter):
     def assignment(self, step: Assign) -> str:
         """One assignment; a solve eliminates the square in place."""
         if step.solve is None:
-            return f"{step.name} = {self.code(step.expr, step.dims)}"
+            text = f"{step.name} = {self.code(step.expr, step.dims)}"
+            lost = step.dims in ((j,), (i,)) and not indices(step.expr)  # a constant where a vector is expected
+            return f"{text} + tl.zeros_like({'q' if step.dims == (j,) else 'v'})" if lost else text
         if i in step.dims:
             raise UnifyError(
                 str(step),
@@ -336,58 +338,59 @@ def _backward_kernel(recurrence: Recurrence, inputs: tuple, states: tuple, grade
     ends = [f"d_{s.name}_end" for s in states]
     grads = [f"d_{x.argument}_ptr" for x in {x.argument: x for x in mine}.values()]
     args = [*_pointers(inputs), *saved, *ends, *grads, *(f"d_{s.name}_start" for s in states)]
-    given = ", ".join([*(x.name for x in inputs), *(s.name for s in states)])
-    outside = ", ".join(["d_o", "d_variance", *(f"d_{s.name}" for s in states)])
-    results = ", ".join([*(f"now_{x.name}" for x in mine), *(f"d_{s.name}" for s in states)])
-    kept = "(tl.program_id(0) + row * tl.num_programs(0)) * every + at"
+    zero = lambda x: f"tl.zeros({_shape(x.dims) if x.dims else '[1]'}, ACC)"  # noqa: E731
+    start = lambda s: "row" if "i" in s.dims else "block * rows + row"  # noqa: E731
     lines = [
         "@triton.jit",
-        f"def backward({', '.join(args)}, d_o_ptr, d_variance_ptr, offsets, mark_offsets, scale, H, K, V, tokens, rows, every,",
-        "             BK: tl.constexpr, BV: tl.constexpr, ACC: tl.constexpr, VARIANCE: tl.constexpr):",
+        f"def backward({', '.join(args)}, d_o_ptr, d_variance_ptr, offsets, mark_offsets, scale, H, K, V, tokens, rows,",
+        "             every, BK: tl.constexpr, BV: tl.constexpr, ACC: tl.constexpr, VARIANCE: tl.constexpr):",
         _PROLOGUE,
         *_loads(inputs, repeats, False, "    "),
         *(f"    {_load(f'd_{s.name}', f'd_{s.name}_end', 'row', s.dims)}" for s in states),
         *(f"    d_{s.name} = tl.where(block == 0, d_{s.name}, 0.0)" for s in states if "i" not in s.dims),
-        *(
-            f"    d_{x.name} = tl.zeros({_shape(x.dims)}, ACC)" if x.dims else f"    d_{x.name} = tl.zeros([1], ACC)"
-            for x in fixed
-        ),
+        *(f"    d_{x.name} = {zero(x)}" for x in fixed),
         "    marks, segments = tl.load(mark_offsets + n), tl.cdiv(last - first, every)",
         "    for back in range(0, segments):",
         "        segment = segments - 1 - back",
         "        begin = first + segment * every",
         "        length = tl.minimum(every, last - begin)",
-        *(f"        {_load(s.name, f'{s.name}_marks', '(marks + segment) * H + h', s.dims)}" for s in states),
-        "        for at in range(0, length):",
-        "            t = begin + at",
-        *(f"            {_store(f'{s.name}_kept', kept, s.dims, s.name)}" for s in states),
-        *_loads(inputs, repeats, True, "            "),
-        f"            o, variance, {', '.join(s.name for s in states)} = step({given}, scale, K, BK)",
-        "        tl.debug_barrier()",
-        "        for step_back in range(0, length):",
-        "            at = length - 1 - step_back",
-        "            t = begin + at",
-        *(f"            {_load(s.name, f'{s.name}_kept', kept, s.dims)}" for s in states),
-        *_loads(inputs, repeats, True, "            "),
-        f"            {_load('d_o', 'd_o_ptr', 't * H + h', ('i',))}",
-        "            d_variance = tl.zeros([BV], ACC)",
-        "            if VARIANCE:",
-        f"                {_load('d_variance', 'd_variance_ptr', 't * H + h', ('i',))}",
-        f"            {results} = step_adjoint({given}, {outside}, scale, K, BK)",
-        *(f"            d_{x.name} += now_{x.name}" for x in fixed),
-        *(
-            f"            {_store(f'd_{x.argument}_ptr', _grad_row(x, repeats), x.dims, f'now_{x.name}')}"
-            for x in mine
-            if x.per != "static"
-        ),
-        "        tl.debug_barrier()",
+        *_segment(inputs, states, mine, repeats),
         *(f"    {_store_fixed(x)}" for x in fixed),
-        *(
-            f"    {_store(f'd_{s.name}_start', 'row' if 'i' in s.dims else 'block * rows + row', s.dims, f'd_{s.name}')}"
-            for s in states
-        ),
+        *(f"    {_store(f'd_{s.name}_start', start(s), s.dims, f'd_{s.name}')}" for s in states),
     ]
     return "\n".join(lines)
+
+
+def _segment(inputs: tuple, states: tuple, mine: list[Slot], repeats: int) -> list[str]:
+    """One segment of the backward kernel: forward through it keeping the states, then backward through it."""
+    given = ", ".join([*(x.name for x in inputs), *(s.name for s in states)])
+    outside = ", ".join(["d_o", "d_variance", *(f"d_{s.name}" for s in states)])
+    results = ", ".join([*(f"now_{x.name}" for x in mine), *(f"d_{s.name}" for s in states)])
+    kept = "(tl.program_id(0) + row * tl.num_programs(0)) * every + at"
+    deep = " " * 12
+    moving = [x for x in mine if x.per != "static"]
+    return [
+        *(f"        {_load(s.name, f'{s.name}_marks', '(marks + segment) * H + h', s.dims)}" for s in states),
+        "        for at in range(0, length):",
+        f"{deep}t = begin + at",
+        *(f"{deep}{_store(f'{s.name}_kept', kept, s.dims, s.name)}" for s in states),
+        *_loads(inputs, repeats, True, deep),
+        f"{deep}o, variance, {', '.join(s.name for s in states)} = step({given}, scale, K, BK)",
+        "        tl.debug_barrier()",
+        "        for step_back in range(0, length):",
+        f"{deep}at = length - 1 - step_back",
+        f"{deep}t = begin + at",
+        *(f"{deep}{_load(s.name, f'{s.name}_kept', kept, s.dims)}" for s in states),
+        *_loads(inputs, repeats, True, deep),
+        f"{deep}{_load('d_o', 'd_o_ptr', 't * H + h', ('i',))}",
+        f"{deep}d_variance = tl.zeros([BV], ACC)",
+        f"{deep}if VARIANCE:",
+        f"{deep}    {_load('d_variance', 'd_variance_ptr', 't * H + h', ('i',))}",
+        f"{deep}{results} = step_adjoint({given}, {outside}, scale, K, BK)",
+        *(f"{deep}d_{x.name} += now_{x.name}" for x in mine if x.per == "static"),
+        *(f"{deep}{_store(f'd_{x.argument}_ptr', _grad_row(x, repeats), x.dims, f'now_{x.name}')}" for x in moving),
+        "        tl.debug_barrier()",
+    ]
 
 
 def _grad_row(x: Slot, repeats: int) -> str:
