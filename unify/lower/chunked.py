@@ -60,7 +60,8 @@ def _after(first: Tensor, x: Tensor) -> Tensor:
 # cores, T = 4096, H = 4, K = V = 64): a whole sequence at once spends a quarter of its time on fresh pages of memory.
 # What lost elsewhere: pairwise differences [C, C, K] for a decay per channel (25 times slower than halving); forming
 # M_t of a few tokens by one product (tall, thin matrix products run slower than two passes of in-place updates); an
-# explicit inverse for the triangular solve; blocked elimination or Cholesky for the solve at the read.
+# explicit inverse for the triangular solve; blocked elimination for the solve at the read, and Cholesky too (a fifth
+# faster than LU on one core, but torch runs its batches on one core only).
 _SLAB, _STATES = 1 << 20, 1 << 21
 
 
