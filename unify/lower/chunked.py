@@ -15,10 +15,15 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 __all__ = ["boundary_states", "decayed_sum", "elementwise", "linear", "rank_one", "solve"]
+
+Keys, Values, Gate = Float[Tensor, "B T H K"], Float[Tensor, "B T H V"], Float[Tensor, "B T H"]
+Decay = Gate | Keys
+Memory, Square = Float[Tensor, "B H K V"], Float[Tensor, "B H K K"]
 
 # ---- layout ----------------------------------------------------------------------------------------------------------
 
@@ -124,7 +129,9 @@ class _DecayedSum(torch.autograd.Function):
         return dg, D[:, 1:], D[:, 0]
 
 
-def decayed_sum(g: Tensor, x: Tensor, x0: Tensor) -> tuple[Tensor, Tensor]:
+def decayed_sum(
+    g: Float[Tensor, "B T H ..."], x: Float[Tensor, "B T H *D"], x0: Float[Tensor, "B H *D"]
+) -> tuple[Float[Tensor, "B T H *D"], Float[Tensor, "B H *D"]]:
     """y_t = exp(g_t) y_{t-1} + x_t, elementwise.
 
     g: [B, T, H, ...] broadcastable to x (trailing ones stand for shared channels), natural log of the decay, <= 0
@@ -147,7 +154,9 @@ def _to_end(g: Tensor) -> Tensor:
     return later.flip(-2).cumsum(-2).flip(-2).exp()
 
 
-def boundary_states(g: Tensor, k: Tensor, v: Tensor, s0: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+def boundary_states(
+    g: Decay, k: Keys, v: Values, s0: Memory, chunk: int
+) -> tuple[Float[Tensor, "B N H K V"], Memory]:
     """S_t = Diag(exp g_t) S_{t-1} + k_t v_t^T at the start of every chunk, by matrix products.
 
     g: [B, T, H] or [B, T, H, K], log decay <= 0; k: [B, T, H, K]; v: [B, T, H, V]; s0: [B, H, K, V]
@@ -282,8 +291,8 @@ def _add_product(o: Tensor, A: Tensor, v: Tensor) -> Tensor:
 
 
 def linear(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, s0: Tensor, *, before: bool = False, chunk: int = 32
-) -> tuple[Tensor, Tensor]:
+    q: Keys, k: Keys, v: Values, g: Decay, s0: Memory, *, before: bool = False, chunk: int = 32
+) -> tuple[Values, Memory]:
     """S_t = Diag(exp g_t) S_{t-1} + k_t v_t^T ;  o_t = S_t^T q_t, or S_{t-1}^T q_t when `before` (not decayed).
 
     q, k: [B, T, H, K] (q scaled already); v: [B, T, H, V]; g: [B, T, H] or [B, T, H, K], log decay <= 0
@@ -312,9 +321,9 @@ def _linear(C: int, s0: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor):
 
 
 def rank_one(
-    q: Tensor, r: Tensor, w: Tensor, k: Tensor, v: Tensor, g: Tensor, s0: Tensor, *,
+    q: Keys, r: Keys, w: Keys, k: Keys, v: Values, g: Decay, s0: Memory, *,
     before: bool = False, chunk: int = 32,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Values, Memory]:  # fmt: skip
     """S_t = Diag(exp g_t) S_{t-1} - w_t (r_t^T S_{t-1}) + k_t v_t^T ;  o_t = S_t^T q_t, or S_{t-1}^T q_t when `before`.
 
     r reads the state *before* it decays (the delta rule: r = exp(g) k, w = k = beta k, v). With y_t = S_{t-1}^T r_t and
@@ -378,10 +387,10 @@ def _walk(
 
 
 def elementwise(
-    q: Tensor, k: Tensor, v: Tensor, b: Tensor, g: Tensor, prior: Tensor, M0: Tensor, I0: Tensor, *,
-    spread: Tensor | None = None, before: bool = False, bonus: Tensor | None = None, variance: bool = False,
+    q: Keys, k: Keys, v: Values, b: Values, g: Decay, prior: Float[Tensor, "*prior"], M0: Memory, I0: Memory, *,
+    spread: Keys | None = None, before: bool = False, bonus: Float[Tensor, "H K"] | None = None, variance: bool = False,
     chunk: int = 64,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Values, Values | None, Memory, Memory]:  # fmt: skip
     """M_t = a_t M_{t-1} + k_t v_t^T and I_t = a_t I_{t-1} + k_t^2 b_t^T (a = exp g), read by a division per element:
 
         o_t = sum_j q_tj M_tji / (prior_ji + I_tji),   var_t = sum_j q_tj^2 / (prior_ji + I_tji).
@@ -556,10 +565,10 @@ def _quotient_token(at, to, M, J, p, DM, DI, d_prior, n):
 
 
 def solve(
-    q: Tensor, k: Tensor, v: Tensor, b: Tensor, g: Tensor, prior: Tensor | None, M0: Tensor, P0: Tensor, *,
-    before: bool = False, variance: bool = False, ridge: Tensor | None = None, mix: Tensor | None = None,
+    q: Keys, k: Keys, v: Values, b: Gate, g: Gate, prior: Float[Tensor, "*prior"] | None, M0: Memory, P0: Square, *,
+    before: bool = False, variance: bool = False, ridge: Float[Tensor, " H"] | None = None, mix: Gate | None = None,
     chunk: int = 64,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Values, Values | None, Memory, Square]:  # fmt: skip
     """P_t = a_t P_{t-1} + b_t k_t k_t^T, M_t = a_t M_{t-1} + k_t v_t^T (a = exp g), x_t = (P_t + Lambda)^-1 q_t:
 
         o_t = M_t^T x_t,  or M_t^T ((1 - mix_t) q_t + mix_t x_t);   var_t = q_t . x_t, the same for every value channel.
