@@ -298,11 +298,7 @@ class Op:
             return None
         works = self._check_offsets(cu_seqlens, sizes)
         offsets = cu_seqlens.tolist()
-        if (
-            offsets[0] != 0
-            or offsets[-1] != sizes["T"]
-            or any(b <= a for a, b in pairwise(offsets))
-        ):
+        if offsets[0] != 0 or offsets[-1] != sizes["T"] or any(b <= a for a, b in pairwise(offsets)):
             raise UnifyError(
                 f"cu_seqlens={offsets if len(offsets) < 9 else '...'}",
                 f"the offsets do not cut T = {sizes['T']} into sequences",

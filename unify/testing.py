@@ -321,7 +321,9 @@ class _Scope:
         if isinstance(value, sp.Basic):
             if extra := set(indices(value)) - set(dims):
                 axes = ", ".join(sorted(map(str, extra)))
-                raise UnifyError(f"{value}", f"what it stands for has no index {axes}", f"use {dims}, or sum over {axes}")
+                raise UnifyError(
+                    f"{value}", f"what it stands for has no index {axes}", f"use {dims}, or sum over {axes}"
+                )
             text = code(value.xreplace({x: sp.Rational(str(x)) for x in value.atoms(sp.Float)}), dims)
             eps, eye = torch.tensor(self.eps, dtype=torch.float64), torch.eye(self.sizes["K"], dtype=torch.float64)
             value = eval(

@@ -154,9 +154,7 @@ def _to_end(g: Tensor) -> Tensor:
     return later.flip(-2).cumsum(-2).flip(-2).exp()
 
 
-def boundary_states(
-    g: Decay, k: Keys, v: Values, s0: Memory, chunk: int
-) -> tuple[Float[Tensor, "B N H K V"], Memory]:
+def boundary_states(g: Decay, k: Keys, v: Values, s0: Memory, chunk: int) -> tuple[Float[Tensor, "B N H K V"], Memory]:
     """S_t = Diag(exp g_t) S_{t-1} + k_t v_t^T at the start of every chunk, by matrix products.
 
     g: [B, T, H] or [B, T, H, K], log decay <= 0; k: [B, T, H, K]; v: [B, T, H, V]; s0: [B, H, K, V]
