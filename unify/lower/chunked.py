@@ -492,7 +492,8 @@ class _Quotient(torch.autograd.Function):
             ins = [x[i] for x in (q, w, k, v, s, b, g, M0, I0)]
             outs = [x[i] for x in (dq, dw, dk, dv, ds, db, net, dM, dI)]
             _quotient_adjoint(ins, outs, do[i], dz[i], prior[i[1]], d_prior[i[1]], n)
-        # g_t decays all that is read at or after t, but for what is only written then: no state is needed (theory 6a).
+        # g_t acts on all that is read at t or later, except what is only written then; so its gradient is a sum over
+        # the later tokens of (state . its local gradient) - (write . its gradient), and no earlier state is needed.
         net = net if g.shape[-1] == K else net.sum(-1, keepdim=True)
         return dq, dw, dk, dv, ds, db, net.flip(2).cumsum(2).flip(2), dM, dI, d_prior
 
@@ -571,7 +572,8 @@ def solve(
 
         o_t = M_t^T x_t,  or M_t^T ((1 - mix_t) q_t + mix_t x_t);   var_t = q_t . x_t, the same for every value channel.
     Lambda = diag(prior), or ridge ||P_t||_F 1 if `ridge` is given (then `prior` is not used); where P_t = 0 that system
-    is singular, and Lambda = 1, hence x = q, takes its place (M is zero there too). `before` reads M_{t-1}, P_{t-1}.
+    is singular, and Lambda = 1, hence x = q, takes its place (a memory that saw nothing has M = 0 as well, so o = 0).
+    `before` reads M_{t-1} and P_{t-1}.
 
     q, k: [B, T, H, K] (q scaled already); v: [B, T, H, V]; b, g, mix: [B, T, H], g the log decay <= 0, b >= 0
     prior: [H, K], > 0; ridge: [H], > 0; M0: [B, H, K, V]; P0: [B, H, K, K]

@@ -65,7 +65,7 @@ class Kernels:
         return shifted.index_copy(1, self.offsets[:-1], start[None])
 
 
-FAMILIES: dict[str, str] = {}  # plan family -> kernel module; a family runs recurrently until it is listed here
+FAMILIES = ("linear", "rank one", "elementwise")  # plan families with kernels of their own; the rest run recurrently
 
 
 def prepared(recurrence: Recurrence) -> Module:

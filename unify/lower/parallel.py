@@ -243,10 +243,9 @@ def _matmul(seq: Sequence, variance: bool):
     q = m.repeat(q)
     start = seq.state[s.mean] - shift
     if s.transition == "rank one":
-        write, read = (
-            m.lay([seq.factor(getattr(x, part) if x.write is not None else sp.S.Zero, (j,)) for x in s.steps])
-            for part in ("write", "read")
-        )
+        lay = lambda part: m.lay([seq.factor(part(x) if x.write is not None else sp.S.Zero, (j,)) for x in s.steps])  # noqa: E731
+        read = lay(lambda x: x.read)
+        write = m.key if all(x.write == x.key for x in s.steps) else lay(lambda x: x.write)
         o, last = seq.schedule.rank_one(q, read, write, m.key, m.value, m.g, start, scale=scale, before=s.before)
     else:
         o, last = seq.schedule.linear(q, m.key, m.value, m.g, start, scale=scale, before=s.before)

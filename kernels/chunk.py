@@ -1,0 +1,570 @@
+"""Chunk-parallel kernels shared by the linear and the rank-one families: gates, scores, states, reads and gradients.
+
+Tokens of packed sequences are cut into chunks of C. Inside a chunk every pair (read at t, write at s <= t) is weighed by
+the decay between them; what lies before the chunk arrives through the state at its start, what lies after it through
+the state's adjoint at its end. A read is `before` if it sees the state ahead of its own token's update, not yet decayed.
+
+Every exponent is <= 0. With one decay a head it is G_t - G_s, a difference of cumulative sums, s <= t. With a decay per
+channel, pairs are taken level by level: for m = 1, 2, 4, ..., C / 2 a write from a block of m tokens and a read from the
+next one meet at the border between them, exp(G_t - G_border) on the read and exp(G_border - G_s) on the write. In a level
+every token is either read or written, so one exp a token and one matrix product serve all blocks of it. For float32
+inputs G is float64: gates of -30 and of -1e-6 in one chunk leave the difference exact.
+
+Chunks live in slots: sequence n owns those from offsets[n] // C + n on. That is room enough for its chunks, needs no
+look at the offsets from the host, and is found again by bisection; slots that no chunk fills are skipped.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+C = 64  # tokens of a chunk
+FLOOR = tl.constexpr(-128.0)  # exp of it is nothing, and sums of it over a chunk stay small
+
+# How a pair of tokens is weighed.
+PLAIN, HEAD, CHANNEL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+# ---- tiles -----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def locate(slot, offsets, N, C: tl.constexpr):
+    """First token of a slot's chunk and the token after its last; an empty range if no chunk is there."""
+    low = slot * 0
+    high = low + N - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        inside = tl.load(offsets + middle) // C + middle <= slot
+        low = tl.where(inside, middle, low)
+        high = tl.where(inside, high, middle - 1)
+    begin = tl.load(offsets + low)
+    start = begin + (slot - begin // C - low) * C
+    return start, tl.minimum(start + C, tl.load(offsets + low + 1))
+
+
+@triton.jit
+def load(at, start, end, h, H, X, x0, C: tl.constexpr, BX: tl.constexpr, SHIFT: tl.constexpr = 0):
+    """Rows [C, BX] of a chunk from [tokens, H, X], zeros outside; SHIFT = 1: one token late, zeros for the first."""
+    i, x = tl.arange(0, C), x0 + tl.arange(0, BX)
+    seen = (i >= SHIFT) & (i < end - start)
+    base = at + ((start - SHIFT) * H + h) * X
+    return tl.load(base + i[:, None] * (H * X) + x[None, :], mask=seen[:, None] & (x < X)[None, :], other=0.0)
+
+
+@triton.jit
+def store(at, tile, start, end, h, H, X, x0, C: tl.constexpr, BX: tl.constexpr):
+    """Write rows [C, BX] of a chunk into [tokens, H, X]."""
+    i, x = tl.arange(0, C), x0 + tl.arange(0, BX)
+    base = at + (start * H + h) * X
+    mask = (i < end - start)[:, None] & (x < X)[None, :]
+    tl.store(base + i[:, None] * (H * X) + x[None, :], tile.to(at.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_row(at, t, h, H, X, x0, BX: tl.constexpr):
+    """One token's channels [BX] from [tokens, H, X]."""
+    x = x0 + tl.arange(0, BX)
+    return tl.load(at + (t * H + h) * X + x, mask=x < X, other=0.0)
+
+
+@triton.jit
+def matrix_at(at, index, K, V, k0, v0, BK: tl.constexpr, BV: tl.constexpr):
+    """Pointers and mask of a block [BK, BV] of matrix `index` of [..., K, V]."""
+    k, v = k0 + tl.arange(0, BK), v0 + tl.arange(0, BV)
+    return at + index.to(tl.int64) * K * V + k[:, None] * V + v[None, :], (k < K)[:, None] & (v < V)[None, :]
+
+
+@triton.jit
+def dot(a, b, DT: tl.constexpr, ACC: tl.constexpr):
+    """a b with operands in DT and sums in ACC."""
+    return tl.dot(a.to(DT), b.to(DT), input_precision="ieee", out_dtype=ACC)
+
+
+@triton.jit
+def weight(x, ACC: tl.constexpr):
+    """exp of a sum of log decays; of padding rows, whose differences can be positive, something finite."""
+    return tl.exp(tl.minimum(x, 0.0).to(ACC))
+
+
+# ---- pairs of tokens -------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def causal(C: tl.constexpr, BEFORE: tl.constexpr):
+    """[C, C]: which writes s a read at t sees."""
+    i = tl.arange(0, C)
+    if BEFORE:
+        return i[:, None] > i[None, :]
+    else:
+        return i[:, None] >= i[None, :]
+
+
+@triton.jit
+def border(G, level, start, end, h, H, X, x0, C: tl.constexpr, BX: tl.constexpr):
+    """G at the last of the first m = 2^level tokens of every 2 m, for each token of those 2 m."""
+    i, x = tl.arange(0, C), x0 + tl.arange(0, BX)
+    row = tl.minimum((i >> (level + 1) << (level + 1)) + (1 << level) - 1, (end - start - 1).to(tl.int32))
+    return tl.load(G + (start * H + h) * X + row[:, None] * (H * X) + x[None, :], mask=(x < X)[None, :], other=0.0)
+
+
+@triton.jit
+def facing(level, C: tl.constexpr):
+    """Which tokens are in the second m of every 2 m, the reads, [C, 1]; and which pairs face across the border, [C, C]."""
+    block = tl.arange(0, C) >> level
+    return (block & 1 == 1)[:, None], (block[:, None] ^ block[None, :]) == 1
+
+
+@triton.jit
+def meet(both, read, written, d_read, d_write, decay, second, faces, c, DT: tl.constexpr, ACC: tl.constexpr):
+    """Gradients of the reads and writes of a level: a token is one or the other there, so one product gives both.
+
+    both: the scores' gradient plus its transpose; decay: from each token to the border.
+    """
+    flow = c * decay * dot(tl.where(faces, both, 0.0), tl.where(second, read, written) * decay, DT, ACC)
+    return d_read + tl.where(second, flow, 0.0), d_write + tl.where(second, 0.0, flow)
+
+
+@triton.jit
+def diagonal(dA, read, written, d_read, d_write, c, C: tl.constexpr):
+    """Gradients of a token's read of its own write."""
+    i = tl.arange(0, C)
+    same = c * tl.sum(tl.where(i[:, None] == i[None, :], dA, 0.0), 1)[:, None]
+    return d_read + same * written, d_write + same * read
+
+
+@triton.jit
+def pair(dA, read, written, d_read, d_write, c, DT: tl.constexpr, ACC: tl.constexpr):
+    """Gradients of reads and writes from that of their decayed scores, c dA."""
+    return d_read + c * dot(dA, written, DT, ACC), d_write + c * dot(tl.trans(dA), read, DT, ACC)
+
+
+# ---- kernels ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _cumulate(g, G, offsets, N, L, C: tl.constexpr, BL: tl.constexpr):
+    """G_t = sum of g from the chunk's first token to t; [tokens, L]."""
+    start, end = locate(tl.program_id(0), offsets, N, C)
+    if start >= end:
+        return
+    x0 = tl.program_id(1) * BL
+    tile = load(g, start, end, 0, 1, L, x0, C, BL).to(G.dtype.element_ty)
+    store(G, tl.cumsum(tl.maximum(tile, FLOOR), 0), start, end, 0, 1, L, x0, C, BL)
+
+
+@triton.jit
+def _scores(
+    read, written, A, near, far, G, offsets, N, H, K, X,
+    GATE: tl.constexpr, BEFORE: tl.constexpr, NEAR: tl.constexpr, FAR: tl.constexpr,
+    C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BX: tl.constexpr, DT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """A[t, s] = sum_j read_tj exp(sum of g_j over s < i <= t, or < t if BEFORE) written_sj; [tokens, H, C].
+
+    NEAR: store the reads decayed from the chunk's start; FAR: the writes decayed to its end; both [tokens, H, K].
+    """
+    start, end = locate(tl.program_id(0), offsets, N, C)
+    if start >= end:
+        return
+    h, i = tl.program_id(1), tl.arange(0, C)
+    acc = tl.zeros([C, C], ACC)
+    for k0 in range(0, K, BK):
+        x = load(read, start, end, h, H, K, k0, C, BK)
+        y = load(written, start, end, h, H, K, k0, C, BK)
+        if GATE != PLAIN:
+            x0 = k0 if BX > 1 else 0
+            after = load(G, start, end, h, H, X, x0, C, BX)
+            seen = load(G, start, end, h, H, X, x0, C, BX, 1) if BEFORE else after
+            if NEAR:
+                store(near, x * weight(seen, ACC), start, end, h, H, K, k0, C, BK)
+            if FAR:
+                total = load_row(G, end - 1, h, H, X, x0, BX)[None, :]
+                store(far, y * weight(total - after, ACC), start, end, h, H, K, k0, C, BK)
+        if GATE == CHANNEL:
+            x, y = x.to(ACC), y.to(ACC)
+            if not BEFORE:
+                acc += tl.where(i[:, None] == i[None, :], tl.sum(x * y, 1)[:, None], 0.0)
+            ahead = border(G, 0, start, end, h, H, X, k0, C, BK)
+            for level in range(LEVELS):
+                middle, ahead = ahead, border(G, level + 1, start, end, h, H, X, k0, C, BK)  # under way early
+                second, faces = facing(level, C)
+                z = tl.where(second, x, y) * weight(tl.where(second, seen - middle, middle - after), ACC)
+                acc += tl.where(faces, dot(z, tl.trans(z), DT, ACC), 0.0)
+        else:
+            acc += dot(x, tl.trans(y), DT, ACC)
+    if GATE == HEAD:
+        after = load(G, start, end, h, H, 1, 0, C, 1)
+        seen = load(G, start, end, h, H, 1, 0, C, 1, 1) if BEFORE else after
+        acc *= weight(seen - tl.trans(after), ACC)
+    store(A, tl.where(causal(C, BEFORE), acc, 0.0), start, end, h, H, C, 0, C, C)
+
+
+@triton.jit
+def _walk(
+    x, z, u, a, b, v, G, s0, starts, last, offsets, c, H, K, V, X,
+    REVERSE: tl.constexpr, RANK: tl.constexpr, ADDED: tl.constexpr,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BX: tl.constexpr, DT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """S from chunk to chunk, kept at each one's border: S <- decay S + a^T u + c b^T v with u = z - x S.
+
+    Forward in time, a and b are writes decayed to their chunk's end, and S is kept at chunks' starts. In REVERSE they are
+    reads decayed from its start, S is an adjoint kept at chunks' ends, and u = z + x S is subtracted. RANK: there is a u;
+    ADDED: there is a v.
+    """
+    blocks = tl.cdiv(V, BV)
+    tiles = tl.cdiv(K, BK) * blocks
+    row, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    n, h, k0, v0 = row // H, row % H, tile // blocks * BK, tile % blocks * BV
+    begin, finish = tl.load(offsets + n), tl.load(offsets + n + 1)
+    first, chunks = begin // C + n, (finish - begin + C - 1) // C
+    source, inside = matrix_at(s0, row, K, V, k0, v0, BK, BV)
+    S = tl.load(source, mask=inside, other=0.0).to(ACC)
+    for count in range(0, chunks):
+        chunk = chunks - 1 - count if REVERSE else count
+        start = begin + chunk * C
+        end = tl.minimum(start + C, finish)
+        at, _ = matrix_at(starts, (first + chunk) * H + h, K, V, k0, v0, BK, BV)
+        tl.store(at, S.to(starts.dtype.element_ty), mask=inside)
+        if RANK:
+            y = dot(load(x, start, end, h, H, K, k0, C, BK), S, DT, ACC)
+            base = load(z, start, end, h, H, V, v0, C, BV)
+            unknown = base + y if REVERSE else base - y
+            store(u, unknown, start, end, h, H, V, v0, C, BV)
+        S *= weight(load_row(G, end - 1, h, H, X, k0 if BX > 1 else 0, BX), ACC)[:, None]
+        if RANK:
+            change = dot(tl.trans(load(a, start, end, h, H, K, k0, C, BK)), unknown, DT, ACC)
+            S = S - change if REVERSE else S + change
+        if ADDED:
+            keys = load(b, start, end, h, H, K, k0, C, BK)
+            S += c * dot(tl.trans(keys), load(v, start, end, h, H, V, v0, C, BV), DT, ACC)
+    target, inside = matrix_at(last, row, K, V, k0, v0, BK, BV)
+    tl.store(target, S, mask=inside)
+
+
+@triton.jit
+def _read(
+    key, S, A1, x1, A2, x2, out, offsets, c0, c1, c2, N, H, K, V,
+    BACK: tl.constexpr, TWO: tl.constexpr,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """out = c0 key S + c1 A1 x1 (+ c2 A2 x2): decayed reads of the state at the chunk's start and of the chunk's own writes.
+
+    BACK: key is a decayed write, S the adjoint at the chunk's end, and the scores are transposed.
+    """
+    blocks = tl.cdiv(V, BV)
+    slot, v0, h = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BV, tl.program_id(1)
+    start, end = locate(slot, offsets, N, C)
+    if start >= end:
+        return
+    acc = tl.zeros([C, BV], ACC)
+    for k0 in range(0, K, BK):
+        at, inside = matrix_at(S, slot * H + h, K, V, k0, v0, BK, BV)
+        acc += dot(load(key, start, end, h, H, K, k0, C, BK), tl.load(at, mask=inside, other=0.0), DT, ACC)
+    pairs = load(A1, start, end, h, H, C, 0, C, C)
+    acc = c0 * acc + c1 * dot(tl.trans(pairs) if BACK else pairs, load(x1, start, end, h, H, V, v0, C, BV), DT, ACC)
+    if TWO:
+        pairs = load(A2, start, end, h, H, C, 0, C, C)
+        acc += c2 * dot(tl.trans(pairs) if BACK else pairs, load(x2, start, end, h, H, V, v0, C, BV), DT, ACC)
+    store(out, acc, start, end, h, H, V, v0, C, BV)
+
+
+@triton.jit
+def _grads(
+    q, r, k, w, do, du, v, u, qk, qw, rk, rw, S, D, G, dq, dr, dk, dw, dg, offsets, c, N, H, K, V, X, tokens,
+    READS: tl.constexpr, WRITES: tl.constexpr, GATE: tl.constexpr, BEFORE: tl.constexpr,
+    C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BX: tl.constexpr, DT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Gradients of reads and writes and of the gates, for a block of key channels of a chunk.
+
+    Reads: q with cotangent c do, and r (before its token's update) with cotangent -du. Writes: k with v, and w with u.
+    qk ... rw [tokens, H, C] hold the products do v^T ... du u^T. S is the state at the chunk's start and D the adjoint
+    at its end. A gate decays what is read later of what was written earlier, so with N = sum of read . d read less
+    write . d write, dg_t is the sum of N from t on: what the chunk holds, and at its end sum_v S D.
+    """
+    blocks = tl.cdiv(K, BK)
+    slot, k0, h = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BK, tl.program_id(1)
+    start, end = locate(slot, offsets, N, C)
+    if start >= end:
+        return
+    x0 = k0 if BX > 1 else 0
+    d_q, d_r, d_k, d_w = tl.zeros([C, BK], ACC), tl.zeros([C, BK], ACC), tl.zeros([C, BK], ACC), tl.zeros([C, BK], ACC)
+    tail = tl.zeros([BK], ACC)
+    for v0 in range(0, V, BV):
+        at, inside = matrix_at(S, slot * H + h, K, V, k0, v0, BK, BV)
+        state = tl.load(at, mask=inside, other=0.0)
+        at, inside = matrix_at(D, slot * H + h, K, V, k0, v0, BK, BV)
+        adjoint = tl.load(at, mask=inside, other=0.0)
+        d_q += dot(load(do, start, end, h, H, V, v0, C, BV), tl.trans(state), DT, ACC)
+        d_k += dot(load(v, start, end, h, H, V, v0, C, BV), tl.trans(adjoint), DT, ACC)
+        if READS == 2:
+            d_r += dot(load(du, start, end, h, H, V, v0, C, BV), tl.trans(state), DT, ACC)
+        if WRITES == 2:
+            d_w += dot(load(u, start, end, h, H, V, v0, C, BV), tl.trans(adjoint), DT, ACC)
+        tail += tl.sum(state.to(ACC) * adjoint.to(ACC), 1)
+
+    after = load(G, start, end, h, H, X, x0, C, BX)
+    before = load(G, start, end, h, H, X, x0, C, BX, 1)
+    total = load_row(G, end - 1, h, H, X, x0, BX)
+    seen = before if BEFORE else after
+    q_, k_ = load(q, start, end, h, H, K, k0, C, BK).to(ACC), load(k, start, end, h, H, K, k0, C, BK).to(ACC)
+    to_end = weight(total[None, :] - after, ACC)
+    d_q *= c * weight(seen, ACC)
+    d_k *= to_end
+    tail = weight(total, ACC) * tail + tl.sum(k_ * d_k, 0)
+    if READS == 2:
+        r_ = load(r, start, end, h, H, K, k0, C, BK).to(ACC)
+        d_r *= -weight(before, ACC)
+    if WRITES == 2:
+        w_ = load(w, start, end, h, H, K, k0, C, BK).to(ACC)
+        d_w *= to_end
+        tail += tl.sum(w_ * d_w, 0)
+
+    d_qk = load(qk, start, end, h, H, C, 0, C, C).to(ACC)
+    if READS == 2:
+        d_rk = load(rk, start, end, h, H, C, 0, C, C).to(ACC)
+    if WRITES == 2:
+        d_qw = load(qw, start, end, h, H, C, 0, C, C).to(ACC)
+        d_rw = load(rw, start, end, h, H, C, 0, C, C).to(ACC)
+    if GATE == HEAD:
+        decay = weight(seen - tl.trans(after), ACC)
+        d_q, d_k = pair(d_qk * decay, q_, k_, d_q, d_k, c, DT, ACC)
+        if WRITES == 2:
+            d_q, d_w = pair(d_qw * decay, q_, w_, d_q, d_w, c, DT, ACC)
+        if READS == 2:
+            decay = weight(before - tl.trans(after), ACC)
+            d_r, d_k = pair(d_rk * decay, r_, k_, d_r, d_k, -1.0, DT, ACC)
+            if WRITES == 2:
+                d_r, d_w = pair(d_rw * decay, r_, w_, d_r, d_w, -1.0, DT, ACC)
+    else:
+        if not BEFORE:
+            d_q, d_k = diagonal(d_qk, q_, k_, d_q, d_k, c, C)
+            if WRITES == 2:
+                d_q, d_w = diagonal(d_qw, q_, w_, d_q, d_w, c, C)
+        d_qk += tl.trans(d_qk)
+        if READS == 2:
+            d_rk += tl.trans(d_rk)
+        if WRITES == 2:
+            d_qw += tl.trans(d_qw)
+            d_rw += tl.trans(d_rw)
+        ahead = border(G, 0, start, end, h, H, X, x0, C, BX)
+        for level in range(LEVELS):
+            middle, ahead = ahead, border(G, level + 1, start, end, h, H, X, x0, C, BX)  # under way early
+            second, faces = facing(level, C)
+            decay = weight(tl.where(second, seen - middle, middle - after), ACC)
+            d_q, d_k = meet(d_qk, q_, k_, d_q, d_k, decay, second, faces, c, DT, ACC)
+            if WRITES == 2:
+                d_q, d_w = meet(d_qw, q_, w_, d_q, d_w, decay, second, faces, c, DT, ACC)
+            if READS == 2:
+                decay = weight(tl.where(second, before - middle, middle - after), ACC)
+                d_r, d_k = meet(d_rk, r_, k_, d_r, d_k, decay, second, faces, -1.0, DT, ACC)
+                if WRITES == 2:
+                    d_r, d_w = meet(d_rw, r_, w_, d_r, d_w, decay, second, faces, -1.0, DT, ACC)
+
+    inclusive, exclusive = -k_ * d_k, tl.zeros([C, BK], ACC)
+    if BEFORE:
+        exclusive += q_ * d_q
+    else:
+        inclusive += q_ * d_q
+    store(dq, d_q, start, end, h, H, K, k0, C, BK)
+    store(dk, d_k, start, end, h, H, K, k0, C, BK)
+    if READS == 2:
+        exclusive += r_ * d_r
+        store(dr, d_r, start, end, h, H, K, k0, C, BK)
+    if WRITES == 2:
+        inclusive -= w_ * d_w
+        store(dw, d_w, start, end, h, H, K, k0, C, BK)
+    every = inclusive + exclusive
+    if GATE == HEAD:
+        own, every = tl.sum(inclusive, 1), tl.sum(every, 1)
+        d_g = (tl.sum(tail, 0) + tl.sum(every, 0) - tl.cumsum(every, 0) + own)[:, None]
+        share = dg + (k0 // BK).to(tl.int64) * tokens * H  # of this block of channels; they are added up later
+        store(share, d_g, start, end, h, H, 1, 0, C, 1)
+    else:
+        d_g = (tail + tl.sum(every, 0))[None, :] - tl.cumsum(every, 0) + inclusive
+        store(dg, d_g, start, end, h, H, X, x0, C, BX)
+
+
+# ---- launches --------------------------------------------------------------------------------------------------------
+
+TYPES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
+LEVELS = C.bit_length() - 1
+
+# Blocks of key and value channels, warps and pipeline stages, for bfloat16; the rank-one walk holds all key channels.
+# Microseconds of one launch on an H200 (torch 2.11, triton 3.6) at B=2, T=4096, H=16, K=96, V=192 / B=1, T=32768, H=8,
+# K=V=128, and what else was tried, as blocks x warps:
+TILES = {
+    "plain scores": (64, 64, 4, 2),  # 31 / 43; 32x4 40 / 53, 128x4 37 / 44
+    "head scores": (64, 64, 8, 3),  # 39 / 85; 64x4 43 / 87, 128x4 47 / 110
+    "channel scores": (32, 64, 8, 3),  # 153 / 388; 32x4 177 / 415, 64x4 199 / 390
+    "linear walk": (64, 32, 4, 3),  # 72 / 420; 64x64x4 84 / 540, 32x32x4 92 / 488, 64x16x4 119
+    "rank walk": (0, 32, 4, 2),  # forward 139 / 939, backward 328 / 1182; three stages leave room for one program: 203
+    "rank walk back": (0, 64, 8, 2),  # backward 223 / 1648, forward 174 / 1303
+    "rank walk few": (0, 16, 4, 3),  # forward 201 / 593, backward 415 / 1007
+    "rank walk tall": (0, 16, 8, 1),  # K > 128, for want of shared memory
+    "read": (64, 64, 4, 3),  # 70 / 102; 32x64x4 75 / 107, 32x128x4 87 / 104, 64x128x8 94 / 107
+    "head grads": (64, 64, 4, 2),  # 188 / 329; 32x64x4 172 / 365, 32x64x8 234 / 521
+    "channel grads": (32, 128, 4, 2),  # 434 / 1026; 32x64x4 477 / 1172, 64x64x8 556 / 1016
+    "channel grads of two": (64, 64, 8, 3),  # two reads or writes, 948; 32x128x4 1077, 32x64x4 1027 (beside other work)
+    "mix": (128, 64, 4, 3),  # 19 / 43; 64x64x4 27 / 50
+    "invert": (64, 64, 4, 3),  # less the Newton step 71 / 136; 2 warps 101 / 198, 8 warps 133 / 257
+}
+
+
+def power(n: int) -> int:
+    """The power of two from n on."""
+    return 1 << (n - 1).bit_length()
+
+
+def blocks(n: int, block: int) -> int:
+    """How many blocks hold n."""
+    return -(-n // block)
+
+
+class Layout(NamedTuple):
+    """Sizes, types and tables that all launches of one call share."""
+
+    offsets: Tensor
+    tokens: int
+    N: int
+    H: int
+    K: int
+    V: int
+    X: int  # decays of a head: 1 or K
+    work: torch.dtype  # of operands of matrix products and of what is kept between kernels
+    wide: torch.dtype  # of sums
+
+    @property
+    def slots(self) -> int:
+        return self.tokens // C + self.N
+
+    @property
+    def half(self) -> bool:
+        return self.work == torch.bfloat16
+
+    @property
+    def options(self) -> dict:
+        return {"C": C, "DT": TYPES[self.work], "ACC": TYPES[self.wide]}
+
+    @property
+    def gate(self) -> int:
+        return HEAD.value if self.X == 1 else CHANNEL.value
+
+    def wide_gate(self, block: int) -> int:
+        """Gates beside a block of key channels."""
+        return 1 if self.X == 1 else block
+
+    def tile(self, name: str, K: int, V: int) -> tuple[int, int, dict]:
+        """Blocks of K and V channels, powers of two that a matrix product takes, and launch options; float32 gets less."""
+        BK, BV, warps, stages = TILES[name]
+        if not self.half:
+            BK, BV, warps, stages = BK // 2, BV // 2, 8, 1
+        BK, BV = (max(16, min(power(n), most)) for n, most in ((K, BK or power(K)), (V, BV)))
+        return BK, BV, {"num_warps": warps, "num_stages": stages}
+
+    def gates_like(self, like: Tensor) -> Tensor:
+        """A buffer for cumulative gates; in double precision where the inputs deserve it."""
+        return self.empty(like, self.tokens, self.H, self.X, dtype=torch.float32 if self.half else torch.float64)
+
+    def empty(self, like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return like.new_empty(shape, dtype=dtype or self.work)
+
+
+def layout(q: Tensor, v: Tensor, g: Tensor, offsets: Tensor) -> Layout:
+    """Half-precision inputs are multiplied as bfloat16; sums are float32, of float64 inputs float64."""
+    B, T, H, K = q.shape
+    exact = q.dtype in (torch.float32, torch.float64)
+    half = torch.float32 if triton.knobs.runtime.interpret else torch.bfloat16  # the interpreter multiplies no bfloat16
+    work, wide = (q.dtype if exact else half), (torch.float64 if q.dtype == torch.float64 else torch.float32)
+    # Padding of a single channel to blocks would be a column of its own; K = 1 per channel is one decay a head.
+    return Layout(offsets, B * T, len(offsets) - 1, H, K, v.shape[-1], 1 if g.ndim == 3 or K == 1 else K, work, wide)
+
+
+def kept(at: Layout, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty buffers of what forward leaves for the gradient: gates, scores and states."""
+    return at.gates_like(like), at.empty(like, at.tokens, at.H, C), at.empty(like, at.slots, at.H, at.K, at.V)
+
+
+def cumulate(at: Layout, g: Tensor) -> Tensor:
+    """Cumulative log decays inside chunks, [tokens, H, X]."""
+    G = at.gates_like(g)
+    L = at.H * at.X
+    BL = max(16, min(power(L), 64))
+    _cumulate[at.slots, blocks(L, BL)](g, G, at.offsets, at.N, L, C, BL, num_warps=4)
+    return G
+
+
+def scores(
+    at: Layout, read: Tensor, written: Tensor, G: Tensor, before: bool, plain: bool = False, near: bool = False, far: bool = False,
+) -> list[Tensor]:  # fmt: skip
+    """Decayed products of reads and writes inside chunks, [tokens, H, C]; `plain`: not decayed.
+
+    Then, if wanted, the reads decayed from their chunk's start (near) and the writes decayed to its end (far).
+    """
+    A, K, gate = at.empty(read, at.tokens, at.H, C), read.shape[-1], PLAIN.value if plain else at.gate
+    reads, writes = (at.empty(x, *x.shape) if wanted else None for x, wanted in ((read, near), (written, far)))
+    BK, _, launch = at.tile(("plain scores", "head scores", "channel scores")[gate], K, K)
+    _scores[at.slots, at.H](
+        read, written, A, A if reads is None else reads, A if writes is None else writes, G, at.offsets, at.N, at.H, K, at.X,
+        gate, before, near, far, LEVELS=LEVELS, BK=BK, BX=at.wide_gate(BK), **launch, **at.options,
+    )  # fmt: skip
+    return [x for x in (A, reads, writes) if x is not None]
+
+
+def walk(
+    at: Layout, G: Tensor, s0: Tensor, rank: tuple[Tensor, Tensor, Tensor] | None, added: tuple[Tensor, Tensor] | None,
+    c: float = 1.0, reverse: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """States at chunks' borders [slots, H, K, V], the last state and u; rank: (x, z, a), added: (b, v) of `_walk`."""
+    states, last = at.empty(s0, at.slots, at.H, at.K, at.V), torch.empty_like(s0)
+    x, z, a = rank or (G, G, G)
+    b, v = added or (G, G)
+    u = torch.empty_like(z) if rank else None
+    name = "linear walk"
+    if rank:  # a program holds all key channels; where that leaves much of the chip idle, it takes fewer value channels
+        few = at.N * at.H * blocks(at.V, 32) < 100
+        kind = " tall" if at.K > 128 else " few" if few else " back" if reverse else ""
+        name = "rank walk" + kind
+    BK, BV, launch = at.tile(name, at.K, at.V)
+    _walk[at.N * at.H * blocks(at.K, BK) * blocks(at.V, BV),](
+        x, z, u if rank else G, a, b, v, G, s0, states, last, at.offsets, c, at.H, at.K, at.V, at.X,
+        reverse, rank is not None, added is not None, BK=BK, BV=BV, BX=at.wide_gate(BK), **launch, **at.options,
+    )  # fmt: skip
+    return states, last, u
+
+
+def read(
+    at: Layout, key: Tensor, S: Tensor, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor] | None, out: Tensor,
+    factors: tuple[float, float, float], back: bool = False,
+) -> Tensor:  # fmt: skip
+    """out = c0 key S + c1 A1 x1 (+ c2 A2 x2), scores transposed if `back`; key decayed; first, second: (A, x)."""
+    BK, BV, launch = at.tile("read", at.K, at.V)
+    _read[at.slots * blocks(at.V, BV), at.H](
+        key, S, *first, *(second or first), out, at.offsets, *factors, at.N, at.H, at.K, at.V,
+        back, second is not None, BK=BK, BV=BV, **launch, **at.options,
+    )  # fmt: skip
+    return out
+
+
+def grads(
+    at: Layout, G: Tensor, reads: list[tuple[Tensor, Tensor]], writes: list[tuple[Tensor, Tensor]], S: Tensor, D: Tensor, g: Tensor,
+    c: float, before: bool = False,
+) -> tuple[list[Tensor], list[Tensor], Tensor]:  # fmt: skip
+    """Gradients of reads, of writes and of g; reads: (q, do) and perhaps (r, du), writes: (k, v) and perhaps (w, u)."""
+    pairs = [[scores(at, x, y, G, before or i > 0, plain=True)[0] for _, y in writes] for i, (_, x) in enumerate(reads)]
+    d_reads, d_writes = ([torch.empty_like(x) for x, _ in side] for side in (reads, writes))
+    name = "head grads" if at.X == 1 else "channel grads" if len(reads) + len(writes) == 2 else "channel grads of two"
+    BK, BV, launch = at.tile(name, at.K, at.V)
+    shares = blocks(at.K, BK) if at.X == 1 else 1
+    dg = at.empty(q := reads[0][0], shares, at.tokens, at.H, at.X, dtype=at.wide)
+    (q, do), (r, du), (k, v), (w, u) = reads[0], reads[-1], writes[0], writes[-1]
+    _grads[at.slots * blocks(at.K, BK), at.H](
+        q, r, k, w, do, du, v, u, pairs[0][0], pairs[0][-1], pairs[-1][0], pairs[-1][-1], S, D, G,
+        d_reads[0], d_reads[-1], d_writes[0], d_writes[-1], dg, at.offsets, c, at.N, at.H, at.K, at.V, at.X, at.tokens,
+        len(reads), len(writes), at.gate, before, LEVELS=LEVELS, BK=BK, BV=BV, BX=at.wide_gate(BK), **launch, **at.options,
+    )  # fmt: skip
+    return d_reads, d_writes, (dg.sum(0) if shares > 1 else dg).view(g.shape).to(g.dtype)
