@@ -134,6 +134,31 @@ def test_gradients_are_those_of_finite_differences(data):
     assert check_gradients(fast, x, directions=1) < 1e-6
 
 
+def gradients(op, x, start):
+    """Gradients of a weighted sum of all that the op returns, by argument and by initial state."""
+    point = {name: v.clone().requires_grad_() for name, v in {**x, **start}.items()}
+    given = {name: point[name] for name in x}
+    found = everything(op, given, initial_state=tuple(point[name] for name in start))
+    total = sum((torch.linspace(-1, 2, v.numel(), dtype=v.dtype).view_as(v) * v).sum() for v in found.values())
+    slopes = torch.autograd.grad(total, list(point.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(point, slopes, strict=True))
+
+
+@given(st.data())
+@few
+def test_gradients_are_the_loop_s_at_every_gate(data):
+    loop, fast = both(data.draw(triples(key=("free", "complement"))))  # a tempered key has a kink at g = 0
+    assume(fast.plan.chunked)
+    x = random_inputs(loop, data.draw(seeds), B=1, T=70)
+    start = dict(zip(loop.state_type._fields, random_state(loop, x), strict=True))
+    want, found = gradients(loop, x, start), gradients(fast, x, start)
+    for name, slope in want.items():
+        if slope.abs().max() > 1e-9:
+            assert_close(found[name], slope, 1e-8, f"the gradient by {name}")
+        else:  # rounding: nothing depends on it
+            assert found[name].abs().max() < 1e-8
+
+
 @given(st.data())
 @few
 def test_float32_follows_float64(data):

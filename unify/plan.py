@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
+import sympy as sp
+
 from .structure import Structure, channels
-from .symbols import arrays, name_of
+from .symbols import arrays, name_of, put
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,8 @@ def _blocked(s: Structure) -> str:
     }
     if s.transition in reasons:
         return reasons[s.transition]
+    if any(_may_vanish(x.decay) for x in s.steps):
+        return "the decay is a sum of gates: where all of them close, its logarithm loses the gradient"
     if any(x.decay is None and len(x.dims) > 1 for x in s.autonomous):
         return "a matrix state evolves nonlinearly, so its chunk boundaries are not sums"
     if s.read in ("elementwise", "solve"):
@@ -69,6 +74,16 @@ def _blocked(s: Structure) -> str:
     if any(len(x.dims) > 1 for x in s.autonomous):
         return "a matrix state is needed at every token"
     return ""
+
+
+def _may_vanish(decay: sp.Expr) -> bool:
+    """Whether a factor is a sum that is 0 where keys and gates are (a product's logarithm is as exact as theirs)."""
+    shut = {name_of(x): sp.S.Zero for x in arrays(decay) if _GATE.fullmatch(name_of(x))}
+    sums = [x for x in sp.Mul.make_args(decay) if isinstance(x, sp.Add)]
+    return any(sp.expand(put(x, **shut)) == 0 for x in sums)
+
+
+_GATE = re.compile(r"(alpha|beta|importance|[kpab])(_\d+)?|c\d+")  # c1, c2: a contraction of keys
 
 
 def _boundary(s: Structure) -> str:
