@@ -209,8 +209,10 @@ def _affine(expr: sp.Expr, name: str) -> tuple[Step | None, str]:
             return None, "dense"
         kind = "row-coupled" if i in {*channels(write), *channels(read), *channels(decay)} else "rank one"
     key, value, entry = separate(rest)
-    if write is not None and key is not None and not channels(ratio := sp.simplify(write / key)):
-        write, read = key, sp.factor(ratio * read)  # one key for erasing and writing: schedules can share it
+    if write is not None and key is not None:
+        ratio = sp.simplify(write / key)
+        if not channels(ratio) and sp.denom(ratio).is_number:  # a gate below would divide by 0 where it closes
+            write, read = key, sp.factor(ratio * read)  # one key for erasing and writing: schedules can share it
     if entry is not None and kind != "row-coupled":
         kind = "entry" if kind in ("scalar", "diagonal", "entry") else "row-coupled"
     return Step(decay, write, read, key, value, entry), kind
