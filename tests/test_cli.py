@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from rich.cells import cell_len
@@ -273,20 +274,66 @@ def short(monkeypatch):
 
 
 def test_bench(short, monkeypatch):
-    page = unify("bench", "--models", "mamba2,palimpsa,mesanet")
+    page = unify("bench", "--device", "cpu", "--models", "mamba2,palimpsa,mesanet")
     assert too_wide(page) == []
     assert all(word in page for word in ("chunked ms", "loop ms", "ratio", "torch", "processor", "10×", "3×"))
-    page = unify("bench", "--quick", "--models", "mamba2,palimpsa")
+    page = unify("bench", "--device", "cpu", "--quick", "--models", "mamba2,palimpsa")
     assert "T = 32" in page
     monkeypatch.setattr(bench, "machine", lambda: {"load": "9.9", "cores": "2"})
-    assert "busy with other work" in unify("bench", "--quick", "-m", "mamba2")
+    assert "busy with other work" in unify("bench", "--device", "cpu", "--quick", "-m", "mamba2")
     monkeypatch.setattr(bench, "machine", lambda: {"load": "0.1", "cores": "2"})
-    assert "busy" not in unify("bench", "--quick", "-m", "mamba2")
+    assert "busy" not in unify("bench", "--device", "cpu", "--quick", "-m", "mamba2")
     assert "10×" not in page
-    found = json.loads(unify("bench", "-m", "mamba2", "--json"))
+    found = json.loads(unify("bench", "-m", "mamba2", "--device", "cpu", "--json"))
     assert [row["dtype"] for row in found["rows"]] == ["float64", "float32"]
     assert all(row["verdict"] in ("met", "missed") and row["ratio"] > 0 for row in found["rows"])
     assert found["sizes"]["T"] == 48
+
+
+@pytest.fixture
+def record(tmp_path):
+    """A record with one figure in it, which nobody measured."""
+    path = tmp_path / "record.json"
+    run = {"gpu": "NVIDIA T1", "torch": "9.1", "date": "2026-01-02T03:04", "command": "unify bench"}
+    found = {f"table/mamba2/2x4096x16x96x192/{m}": {"ms": 1.5, "run": 0, "error": 0.001} for m in ("forward", "both")}
+    path.write_text(json.dumps({"runs": [run], "results": found}))
+    return path
+
+
+def test_bench_shows_a_record(record, tmp_path):
+    assert "| Mamba-2 | 2x4096x16x96x192 | 1.50 |" in unify("bench", "--table", record)
+    from unify.standings import BEGIN, END
+
+    page = tmp_path / "page.md"
+    page.write_text(f"# A page\n{BEGIN}\n{END}\n")
+    assert "written from" in unify("bench", "--table", record, "-o", page)
+    assert page.read_text().startswith(f"# A page\n{BEGIN}\nNVIDIA T1, torch 9.1; bfloat16")
+    assert unify("bench", "--plot", record, "-o", tmp_path / "pictures").split("/")[-1].strip() == "speed.png"
+    assert (tmp_path / "pictures" / "speed.svg").exists()
+
+
+def test_bench_measures_on_a_gpu(record, monkeypatch):
+    from unify import race
+
+    seen = []
+
+    def measured(path, only, parts, *, say, **options):
+        seen.append((path, only, parts, options))
+        say("[1/1] mamba2")
+        return race.load(record)
+
+    monkeypatch.setattr(race, "race", measured)
+    monkeypatch.setattr(race, "default_path", lambda: record)
+    page = unify("bench", "--device", "cuda", "--only", "mamba2, kda", "--parts", "table,first", "--json", "a/b.json")
+    assert "[1/1] mamba2" in page
+    assert "| Mamba-2 |" in page
+    assert "record: a/b.json" in page
+    assert seen.pop() == (Path("a/b.json"), ["mamba2", "kda"], ["table", "first"], {"rivals": True, "beside": None})
+    found = unify("bench", "--device", "cuda", "--json", "--no-rivals", "--limit", "9")
+    assert json.loads(found)["runs"][0]["gpu"] == "NVIDIA T1"
+    assert seen.pop() == (record, (), race.PARTS, {"rivals": False, "beside": None, "limit": 9.0})
+    unify("bench", "--device", "cuda")
+    assert seen.pop()[0] == record
 
 
 def test_bench_refuses_to_time_a_wrong_result(short, monkeypatch):
@@ -298,7 +345,7 @@ def test_bench_refuses_to_time_a_wrong_result(short, monkeypatch):
         return right(self, *arguments, **gates) * (1.01 if self.plan.chunked else 1)
 
     monkeypatch.setattr(Op, "__call__", wrong)
-    assert "so nothing was timed" in complaint("bench", "--quick", "-m", "mamba2")
+    assert "so nothing was timed" in complaint("bench", "--device", "cpu", "--quick", "-m", "mamba2")
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------
@@ -333,8 +380,17 @@ def test_bench_refuses_to_time_a_wrong_result(short, monkeypatch):
         (["recall", "-o", "plot.doc"], "use .png, .svg or .pdf"),
         (["recall", "--bytes", "3"], "--bytes"),
         (["recall", "--bytes", "many"], "--bytes"),
-        (["bench", "-m", "kla"], "it has no chunked form"),
-        (["bench", "-m", "nobody"], "the zoo has no such model"),
+        (["bench", "--device", "cpu", "-m", "kla"], "it has no chunked form"),
+        (["bench", "--device", "cpu", "--json", "-m", "nobody"], "the zoo has no such model"),
+        (["bench", "--device", "cpu", "--parts", "table"], "use --json alone, or --device cuda"),
+        (["bench", "--device", "cpu", "--json", "file.json"], "use --json alone, or --device cuda"),
+        (["bench", "--device", "cuda", "--quick"], "choose --parts, or --device cpu"),
+        (["bench", "--device", "cuda", "--only", "nobody", "--json", "x.json"], "use some of palimpsa"),
+        (["bench", "--device", "tpu"], "use cpu, cuda or auto"),
+        (["bench", "--limit", "0"], "--limit"),
+        (["bench", "--plot", "no-such.json"], "there is no such record"),
+        (["bench", "--plot", "a.json", "--table", "a.json"], "run one after the other"),
+        (["bench", "--table", __file__], "no record of the benchmark"),
     ],
 )
 def test_mistakes_are_one_sentence(arguments, words, monkeypatch):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from . import __version__
 from .errors import UnifyError
@@ -438,20 +438,107 @@ def _texts(paths: list[Path]) -> list[Path]:
     return found
 
 
-@app.command()
+class _Bench(TyperCommand):
+    """`--json` alone prints, `--json FILE` names the record: typer knows no option whose value may be left out."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        out: list[str] = []
+        for word, after in zip(args, [*args[1:], "--"], strict=True):
+            out += [word, "-"] if word == "--json" and after.startswith("-") and after != "-" else [word]
+        return super().parse_args(ctx, out)
+
+
+@app.command(cls=_Bench)
 def bench(
-    quick: Annotated[bool, typer.Option("--quick", help="An eighth of the tokens, fewer repeats.")] = False,
-    models: Annotated[str | None, typer.Option("--models", "-m", metavar="A,B,C", help="Models to time.")] = None,
-    as_json: Json = False,
+    device: Annotated[str, typer.Option("--device", metavar="D", help="cpu, cuda, or auto: what there is.")] = "auto",
+    only: Annotated[
+        str | None, typer.Option("--only", "--models", "-m", metavar="A,B,C", help="Models to time.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="cpu: an eighth of the tokens, fewer repeats.")] = False,
+    parts: Annotated[
+        str | None, typer.Option("--parts", metavar="A,B,C", help="cuda: some of table, first, length, decode.")
+    ] = None,
+    rivals: Annotated[bool, typer.Option(help="cuda: also flash-linear-attention, where it is installed.")] = True,
+    beside: Annotated[
+        Path | None, typer.Option("--beside", metavar="DIR", help="cuda: packages that only the rivals see.")
+    ] = None,
+    limit: Annotated[float | None, typer.Option("--limit", metavar="S", min=1, help="cuda: seconds a model.")] = None,
+    to: Annotated[
+        str | None, typer.Option("--json", metavar="[FILE]", help="Print JSON; cuda: add to this record.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw a record, into -o.")] = None,
+    table: Annotated[
+        Path | None, typer.Option("--table", metavar="FILE", help="A record as Markdown, printed or into a page -o.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="PLACE", help="See --plot, --table.")] = None,
 ) -> None:
-    """Time the chunked forward against the token loop, after checking that both say the same."""
+    """Time what is fast against what is plain, after checking that both say the same.
+
+    On a CPU the chunked forward against the token loop. On a GPU the kernels beside flash-linear-attention's.
+    """
+    if plot or table:
+        _bench_report(plot, table, output)
+        return
+    from torch.cuda import is_available
+
+    if device not in ("auto", "cpu", "cuda"):
+        raise _usage(f"--device {device}", "nothing is timed there", "use cpu, cuda or auto")
+    names = None if only is None else [name.strip() for name in only.split(",") if name.strip()]
+    gpu = device == "cuda" or (device == "auto" and is_available())
+    if gpu and quick:
+        raise _usage("--quick on a GPU", "it shortens the benchmark on a CPU", "choose --parts, or --device cpu")
+    if not gpu and (parts or (to is not None and to != "-")):
+        raise _usage("--parts or a record", "the benchmark on a CPU has neither", "use --json alone, or --device cuda")
+    if gpu:
+        _bench_gpu(names, parts, to, {"rivals": rivals, "beside": beside, **({"limit": limit} if limit else {})})
+    else:
+        _bench_cpu(names, quick, to is not None)
+
+
+def _bench_report(plot: Path | None, table: Path | None, output: Path | None) -> None:
+    """Pictures or Markdown of a record; nothing is timed."""
+    from .race import load
+    from .standings import draw, markdown, written
+
+    if plot and table:
+        raise _usage("--plot with --table", "both say where to write", "run one after the other")
+    path = plot or table
+    if not path.exists():
+        raise _usage(
+            str(path), "there is no such record", "measure one on a GPU: unify bench --device cuda --json FILE"
+        )
+    record = load(path)
+    if plot:
+        files = draw(record, output or path.parent)
+        typer.echo("\n".join(map(str, files)) or f"{plot}: nothing in it to draw yet")
+    elif output is None:
+        typer.echo(markdown(record))
+    else:
+        output.write_text(written(output.read_text(encoding="utf-8"), record), encoding="utf-8")
+        typer.echo(f"{output}: written from {table}")
+
+
+def _bench_gpu(names: list[str] | None, parts: str | None, to: str | None, options: dict[str, Any]) -> None:
+    """Measure into a record and print it."""
+    from .race import PARTS, default_path, race
+    from .standings import markdown
+
+    path = default_path() if to in (None, "-") else Path(to)
+    chosen = PARTS if parts is None else [part.strip() for part in parts.split(",") if part.strip()]
+    record = race(path, names or (), chosen, say=lambda text: typer.echo(text, err=to == "-"), **options)
+    if to == "-":
+        _dump(record)
+    else:
+        typer.echo(f"\n{markdown(record)}\n\nrecord: {path}")
+
+
+def _bench_cpu(models: list[str] | None, quick: bool, as_json: bool) -> None:
+    """The chunked forward beside the token loop."""
     from . import bench as timing
     from .models import zoo
     from .views import bench_table
 
-    names = (
-        timing.MODELS if models is None else [zoo.get(name.strip()).name for name in models.split(",") if name.strip()]
-    )
+    names = timing.MODELS if models is None else [zoo.get(name).name for name in models]
     with _progress("timing") as tick:
         report = timing.bench(names, quick=quick, progress=tick)
     if as_json:

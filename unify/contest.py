@@ -38,7 +38,9 @@ class Size(NamedTuple):
 SIZES = (Size(2, 4096, 16, 96, 192), Size(8, 2048, 16, 48, 48), Size(1, 32768, 8, 128, 128))
 """The Palimpsa authors' layer of a model of 760M parameters; many short sequences; one long one."""
 
-CHECKED = 208  # tokens compared first: three chunks and a part of one, and a multiple of 16, as Triton specializes on that
+CHECKED = (
+    208  # tokens compared first: three chunks and a part of one, and a multiple of 16, as Triton specializes on that
+)
 TOLERANCE = 1e-2  # of the norm, output and every gradient: bfloat16 arguments, float32 sums
 DTYPE = torch.bfloat16  # of all that comes per token, gates included; what is learned per head stays float32
 RANGES = {"g": (1e-3, 0.3), "importance": (1e-2, 1.0), "beta": (0.0, 1.0), "prior_precision": (0.5, 2.0)}
@@ -133,7 +135,7 @@ def _draw(name: str, shape: tuple[int, ...], make: torch.Generator) -> Tensor:
     return low + (high - low) * share
 
 
-class Refused(Exception):
+class WrongResultError(Exception):
     """A contestant computed something else than the token loop."""
 
 
@@ -155,10 +157,10 @@ def errors(found: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str
 
 
 def accept(found: Mapping[str, float], what: str) -> float:
-    """The largest error. Raises Refused where it passes the tolerance."""
+    """The largest error. Raises WrongResultError where it passes the tolerance."""
     worst = max(found, key=found.__getitem__)
     if not found[worst] <= TOLERANCE:
-        raise Refused(f"{worst} is off by {found[worst]:.1e} {what}, {TOLERANCE:.0e} is allowed")
+        raise WrongResultError(f"{worst} is off by {found[worst]:.1e} {what}, {TOLERANCE:.0e} is allowed")
     return found[worst]
 
 

@@ -27,7 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import cache, cached_property
 from importlib import metadata
 from importlib.util import find_spec
@@ -37,7 +37,7 @@ from typing import NamedTuple
 
 import torch
 
-from .contest import CONTESTANTS, Call, Contestant, Refused, Size, accept, check, draw, errors, lineup
+from .contest import CONTESTANTS, Call, Contestant, Size, WrongResultError, accept, check, draw, errors, lineup
 from .errors import UnifyError
 
 PARTS = ("table", "first", "length", "decode")
@@ -110,7 +110,7 @@ class Lane:
                 torch.cuda.empty_cache()
 
     def error(self, size: Size, measure: str) -> float:
-        """Largest relative error of what the entry computes. Raises Refused where it is too large."""
+        """Largest relative error of what the entry computes. Raises WrongResultError where it is too large."""
         key = (size._replace(T=0), measure)
         if key not in self.checked:
             self.checked[key] = check(self.contestant, self.call, size, measure, self.device)
@@ -202,9 +202,11 @@ def captured(call: Callable[[], object]) -> Callable[[], object]:
         for _ in range(3):
             call()
     main.wait_stream(side)
-    with torch.cuda.stream(main):  # a capture that fails leaves its own stream behind as the current one
-        with torch.cuda.graph(graph):
-            call()
+    with (
+        torch.cuda.stream(main),
+        torch.cuda.graph(graph),
+    ):  # a failed capture leaves its stream behind as the current one
+        call()
     return graph.replay
 
 
@@ -234,7 +236,7 @@ def parse(text: str) -> Size:
 def reason(error: Exception) -> str:
     """Why there is no figure, in a line."""
     lines = str(error).strip().splitlines() or [""]
-    kind = "wrong" if isinstance(error, Refused) else f"not measured: {type(error).__name__}"
+    kind = "wrong" if isinstance(error, WrongResultError) else f"not measured: {type(error).__name__}"
     return anywhere(f"{kind}: {lines[0][:200]}")
 
 
@@ -245,10 +247,11 @@ def anywhere(text: str) -> str:
 
 def facts() -> dict[str, str]:
     """The GPU and the versions in this process."""
-    found = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
-    for package in ("triton", "fla-core", "flash-linear-attention"):
-        with suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
+    import triton
+
+    found = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+    with suppress(metadata.PackageNotFoundError):
+        found["fla-core"] = metadata.version("fla-core")
     return found
 
 
@@ -276,7 +279,7 @@ def follow(command: Sequence[str], limit: float, environment: Mapping[str, str])
         text=True,
         errors="replace",
         env={**os.environ, **environment},
-        start_new_session=True,
+        process_group=0,
     )
     late: list[str] = []
 
@@ -385,13 +388,11 @@ def race(
     for part in parts:
         if part not in PARTS:
             raise UnifyError(f"--parts {part}", "the benchmark has no such part", f"use some of {', '.join(PARTS)}")
-    if not torch.cuda.is_available():
-        works = "take --device cpu, or a CUDA build of torch on a machine with a GPU"
-        raise UnifyError("--device cuda", "torch sees no CUDA GPU here", works)
+    demand_gpu()
     if rivals and find_spec("fla") is None and not (beside and (beside / "fla").is_dir()):
         say("flash-linear-attention is not installed: ours alone")
         names = [name for name in names if CONTESTANTS[name].ours]
-    record, session = load(path), {"date": datetime.now(timezone.utc).isoformat(timespec="minutes")}
+    record, session = load(path), {"date": datetime.now(UTC).isoformat(timespec="minutes")}
     session["command"] = command_line(path, only, parts, limit, rivals, beside)
     for n, name in enumerate(names, 1):
         wanted = entries(name, parts)
@@ -407,6 +408,19 @@ def race(
                     save(record, path)
             say(f"  {time.perf_counter() - started:.0f} s")
     return record
+
+
+def demand_gpu() -> None:
+    """Raises UnifyError where torch sees no CUDA GPU."""
+    if not torch.cuda.is_available():
+        works = "take --device cpu, or a CUDA build of torch on a machine with a GPU"
+        raise UnifyError("--device cuda", "torch sees no CUDA GPU here", works)
+
+
+def default_path() -> Path:
+    """Where this GPU's record goes: benchmarks/h200.json for an NVIDIA H200. Raises UnifyError without a GPU."""
+    demand_gpu()
+    return Path("benchmarks") / f"{torch.cuda.get_device_name().split()[-1].lower()}.json"
 
 
 def command_line(
@@ -436,15 +450,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m unify.race", description=race.__doc__.splitlines()[0])
     parser.add_argument("--only", type=listed, default=[], metavar="A,B,C")
     parser.add_argument("--parts", type=listed, default=list(PARTS), metavar="A,B,C", help=", ".join(PARTS))
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/h200.json"), metavar="FILE")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="the record; benchmarks/GPU.json by default")
     parser.add_argument("--limit", type=float, default=LIMIT, metavar="SECONDS", help="a contestant")
     parser.add_argument("--no-rivals", dest="rivals", action="store_false")
     parser.add_argument("--beside", type=Path, metavar="DIR", help="packages that only counterparts see")
     given = parser.parse_args(arguments)
     try:
-        record = race(
-            given.json, given.only, given.parts, limit=given.limit, rivals=given.rivals, beside=given.beside
-        )
+        options = {"limit": given.limit, "rivals": given.rivals, "beside": given.beside}
+        record = race(given.json or default_path(), given.only, given.parts, **options)
     except UnifyError as error:
         parser.exit(2, f"unify: {error}\n")
     print(markdown(record))

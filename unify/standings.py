@@ -1,16 +1,18 @@
 """The record of the benchmark on a GPU as verdicts, a Markdown table and pictures; nothing here measures.
 
-    record = json.loads(Path("benchmarks/h200.json").read_text())
-    print(markdown(record))
+record = json.loads(Path("benchmarks/h200.json").read_text())
+print(markdown(record))
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from math import floor, log10
 from pathlib import Path
 
 from .contest import CONTESTANTS, MODELS, RIVAL, SIZES, Size
+from .errors import UnifyError
 from .race import BATCHES, LAYER, LENGTHS, LONG, MEASURES, PREFILL
 
 FIRST = 20.0  # seconds that a first call may take, forward and backward
@@ -85,7 +87,9 @@ def rows(record: Mapping) -> Iterator[Row]:
             target = TARGETS[model]
             against = {m: result(record, "table", target.against, size, m) for m in MEASURES}
             found = {**{m: own[m].get("ms") for m in MEASURES}, "peak_mib": own["both"].get("peak_mib")}
-            yield Row(model, size, own, other, judge(found, _allowed(target, size, against)), _same(record, own, against))
+            yield Row(
+                model, size, own, other, judge(found, _allowed(target, size, against)), _same(record, own, against)
+            )
 
 
 def _allowed(target: Target, size: Size, against: Mapping[str, dict]) -> dict[str, float | None]:
@@ -120,7 +124,9 @@ def lengths(record: Mapping, name: str, measure: str) -> dict[int, float]:
 def decoded(record: Mapping) -> dict[str, dict[int, dict]]:
     """Entries of one token's step by model and batch."""
     found = {m: {b: result(record, "decode", m, b, "step") for b in BATCHES} for m in MODELS}
-    return {m: {b: x for b, x in by.items() if "ms" in x} for m, by in found.items() if any("ms" in x for x in by.values())}
+    return {
+        m: {b: x for b, x in by.items() if "ms" in x} for m, by in found.items() if any("ms" in x for x in by.values())
+    }
 
 
 def share(entry: Mapping) -> float:
@@ -143,9 +149,11 @@ def markdown(record: Mapping) -> str:
 
 
 def written(text: str, record: Mapping) -> str:
-    """A page with the record's Markdown between the marks `BEGIN` and `END`. Raises ValueError for a page without them."""
-    head, rest = text.split(BEGIN)
-    tail = rest.split(END)[1]
+    """A page with the record's Markdown between the marks `BEGIN` and `END`. Raises UnifyError for a page without them."""
+    head, begin, rest = text.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not (begin and end):
+        raise UnifyError("the page", "it has no place for the table", f"put the lines {BEGIN} and {END} into it")
     return f"{head}{BEGIN}\n{markdown(record)}\n{END}{tail}"
 
 
@@ -256,23 +264,41 @@ def _figure(columns: int, title: str, record: Mapping, lines: int = 1):
 
 def _speed(record: Mapping):
     """Bars, ours beside the counterpart's: a column for each size, a row for each measure."""
-    from .draw import PALETTE
-
     figure, axes = _figure(len(SIZES), "Time of a layer's memory", record, len(MEASURES))
     for n, size in enumerate(SIZES):
-        found = [row for row in rows(record) if row.model in MODELS and row.size.T == size.T]
+        found = [row for row in rows(record) if row.size.T == size.T]
         for axis, measure in zip(axes[:, n], MEASURES, strict=True):
-            for side, (entries, name) in enumerate((([r.own for r in found], "unify"), ([r.other for r in found], "fla"))):
-                bars = [(at, e[measure]["ms"]) for at, e in enumerate(entries) if "ms" in e[measure]]
-                at = [x + 0.4 * side - 0.2 for x, _ in bars]
-                axis.bar(at, [ms for _, ms in bars], 0.4, color=PALETTE[side], label=name)
-            axis.set_yscale("log")
+            _bars(axis, [[entries[measure].get("ms") for entries in (r.own, r.other)] for r in found])
             axis.set_xticks(range(len(found)), [label(r.model) for r in found], rotation=40, ha="right", fontsize=8)
             axis.set_title(f"{_title(measure)}, {size}", fontsize=10)
     for axis in axes[:, 0]:
         axis.set_ylabel("ms")
-    axes[0, 0].legend(frameon=False)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     return figure
+
+
+def _bars(axis, pairs: list[list[float | None]]) -> None:
+    """Two bars at each place, with their figures, on a logarithmic axis that starts at a power of ten."""
+    from .draw import PALETTE
+
+    known = [ms for pair in pairs for ms in pair if ms is not None]
+    for side, name in enumerate(("unify", "flash-linear-attention")):
+        bars = [(at + 0.4 * side - 0.2, pair[side]) for at, pair in enumerate(pairs) if pair[side] is not None]
+        drawn = axis.bar([at for at, _ in bars], [ms for _, ms in bars], 0.4, color=PALETTE[side], label=name)
+        axis.bar_label(drawn, [_digits(ms) for _, ms in bars], rotation=90, padding=2, fontsize=7)
+    axis.grid(visible=False, axis="x")
+    if known:
+        axis.set_yscale("log")
+        axis.set_ylim(10 ** floor(log10(min(known))), 2.5 * max(known))
+        _plain(axis.yaxis)
+
+
+def _plain(axis) -> None:
+    """Numbers without powers of ten on a logarithmic axis."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _title(measure: str) -> str:
@@ -281,17 +307,18 @@ def _title(measure: str) -> str:
 
 def _length(record: Mapping):
     """Milliseconds against T, both logarithmic, with a line of slope 1."""
-    figure, axes = _figure(len(MEASURES), f"Cost against length, {LAYER.H} heads, {LAYER.K} x {LAYER.V}", record)
-    for axis, measure in zip(axes[0], MEASURES, strict=True):
-        found = {name: lengths(record, name, measure) for name in LONG}
+    measures = [m for m in MEASURES if any(lengths(record, name, m) for name in LONG)]
+    figure, axes = _figure(len(measures), f"Cost against length, {LAYER.H} heads, {LAYER.K} x {LAYER.V}", record)
+    for axis, measure in zip(axes[0], measures, strict=True):
+        found = {name: times for name in LONG if (times := lengths(record, name, measure))}
         for (name, times), style in zip(found.items(), _styles(), strict=False):
             axis.plot(list(times), list(times.values()), label=label(name), **style)
-        top = max((times[max(times)] / max(times) for times in found.values() if times), default=None)
-        if top is not None:
-            axis.plot(LENGTHS, [1.6 * top * T for T in LENGTHS], color="0.45", ls="--", lw=1.2, label="slope 1")
+        top = max(times[max(times)] / max(times) for times in found.values())
+        axis.plot(LENGTHS, [1.6 * top * T for T in LENGTHS], color="0.45", ls="--", lw=1.2, label="slope 1")
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
-        axis.set_xticks(LENGTHS, [f"{T // 1024}k" for T in LENGTHS])
+        axis.set_xticks(LENGTHS, [f"{T // 1024}k" for T in LENGTHS], fontsize=8)
+        _plain(axis.yaxis)
         axis.set(title=_title(measure), xlabel="tokens", ylabel="ms")
         axis.legend(frameon=False, fontsize=8)
     return figure
@@ -311,18 +338,21 @@ def _decode(record: Mapping):
     time.plot([n / 1e6 for n in ends], copy, color="0.45", ls="--", lw=1.2, label="a copy of as many bytes")
     time.set(title="time", xlabel="state read and written (MB)", ylabel="µs", xscale="log", yscale="log")
     ratio.set(title="share of a copy's bandwidth", xlabel="batch", ylabel="%", xscale="log", ylim=(0, None))
+    for axis in (time.xaxis, time.yaxis):
+        _plain(axis)
+    ratio.minorticks_off()
     ratio.set_xticks(BATCHES, [str(b) for b in BATCHES])
     time.legend(frameon=False, fontsize=8)
     return figure
 
 
 def _styles() -> Iterator[dict]:
-    from itertools import cycle
-
+    """A colour and a marker for each line; dashed where the colours begin again."""
     from .draw import PALETTE
 
-    for color, marker in zip(cycle(PALETTE), cycle("osD^vP*X"), strict=False):
-        yield {"color": color, "marker": marker, "ms": 4.5, "lw": 1.8}
+    for n, marker in enumerate("osD^vP*X"):
+        dash = "-" if n < len(PALETTE) else "--"
+        yield {"color": PALETTE[n % len(PALETTE)], "marker": marker, "ls": dash, "ms": 4.5, "lw": 1.8}
 
 
 __all__ = ["TARGETS", "Row", "Target", "draw", "judge", "markdown", "rows", "written"]
