@@ -142,7 +142,7 @@ BEGIN, END = "<!-- speed: written by unify bench --table -->", "<!-- end of spee
 
 def markdown(record: Mapping) -> str:
     """The whole record as the README shows it: table, first calls, decoding, what is missing, and how it was measured."""
-    if not record["results"]:
+    if not record["runs"]:  # nothing, or only processes that never began
         return EMPTY
     parts = [_machine(record), _table(record), _first_line(record), _decode_line(record), _gaps(record), _again(record)]
     return "\n\n".join(filter(None, parts))
