@@ -13,13 +13,14 @@ from unify.op import compile
 
 PARALLEL = [name for name in ZOO if compile(get(name).triple).plan.family in launch.FAMILIES]
 SAMPLE = "mamba2 rwkv6 gla palimpsa_key gated_deltanet kda gated_deltaproduct rwkv7 meta_gdn palimpsa meta_gla".split()
+SAMPLE += ["mesanet", "gated_kalmanet"]
 
 
 @pytest.fixture
 def spied(monkeypatch):
     """Names of the schedules that were really called."""
     seen = []
-    for name in ("linear", "rank_one", "elementwise", "decayed_sum"):
+    for name in ("linear", "rank_one", "elementwise", "solve", "decayed_sum"):
         whole = getattr(launch.Kernels, name)
         monkeypatch.setattr(
             launch.Kernels, name, lambda self, *a, _n=name, _f=whole, **k: seen.append(_n) or _f(self, *a, **k)

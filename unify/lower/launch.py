@@ -50,6 +50,36 @@ class Kernels:
 
         return elementwise(q, k, v, b, g, prior, M0, I0, self.stretched, **options)
 
+    def solve(self, q, k, v, gain, g, prior, M0, P0, *, scale, before, variance, ridge, mix):
+        """Two decayed sums, the read a solve with one of them."""
+        from unify.kernels.linear import linear
+        from unify.kernels.solve import solve
+
+        if ridge is not None:
+            prior = self._ridge(k, gain, g, P0, ridge, before)
+        x, P = solve(q, k, gain, g, prior, P0, self.stretched, before=before)
+        read = x if mix is None else (q + mix[..., None] * (x - q)).to(q.dtype)
+        o, M = linear(read, k, v, g, M0, self.stretched, scale=scale, before=before)
+        var = scale**2 * (q.to(gain.dtype) * x).sum(-1, keepdim=True).expand(v.shape) if variance else None
+        return o, var, M, P
+
+    def _ridge(self, k, gain, g, P0, ridge, before):
+        """ridge ||P_t||_F, [B, T, H, 1], and 1 where P = 0.
+
+        ||a P + b k k^T||^2 = a^2 ||P||^2 + 2 a b k^T P k + (b k^T k)^2: a decayed sum, driven by a read of the memory P.
+        """
+        from unify.kernels.linear import linear
+        from unify.kernels.scan import decayed_sum
+
+        written = gain[..., None] * k
+        seen, _ = linear(k, k, written.to(k.dtype), g, P0, self.stretched, scale=1.0, before=True)
+        drive = 2 * g.exp()[..., None] * (written * seen).sum(-1, keepdim=True) + (written * k).sum(-1, keepdim=True) ** 2
+        start = (P0 * P0).sum((-2, -1))[..., None]
+        square, _ = decayed_sum(2 * g[..., None], drive, start, self.stretched)
+        square = _shifted(start, square, self.stretched) if before else square
+        some = square > 0
+        return torch.where(some, ridge[:, None] * torch.where(some, square, 1.0).sqrt(), 1.0)
+
     def decayed_sum(self, g, x, x0):
         """A small autonomous state at every token, and its last value."""
         from unify.kernels.scan import decayed_sum
@@ -61,11 +91,15 @@ class Kernels:
 
     def previous(self, start, states):
         """The state each token finds."""
-        shifted = torch.cat([states[:, :1], states[:, :-1]], 1)
-        return shifted.index_copy(1, self.offsets[:-1], start[None])
+        return _shifted(start, states, self.offsets)
 
 
-FAMILIES = ("linear", "rank one", "elementwise")  # plan families with kernels of their own; the rest run recurrently
+def _shifted(start: Tensor, states: Tensor, offsets: Tensor) -> Tensor:
+    """States one token late, each sequence's first in front."""
+    return torch.cat([states[:, :1], states[:, :-1]], 1).index_copy(1, offsets[:-1], start[None])
+
+
+FAMILIES = ("linear", "rank one", "elementwise", "solve")  # plan families with kernels of their own; the rest run recurrently
 
 
 def prepared(recurrence: Recurrence) -> Module:
@@ -97,7 +131,7 @@ def run(
     """Run packed sequences: o [B, T, H, V], the variance or None, and the final states [N, H, ...]."""
     q = inputs["q"]
     tokens = q.shape[0] * q.shape[1]
-    if _parallel(structure, plan) and tokens >= SHORT * (len(offsets) - 1):
+    if _parallel(structure, plan, q) and tokens >= SHORT * (len(offsets) - 1):
         from . import parallel
 
         per = {x.name: x.per for x in recurrence.inputs}
@@ -110,8 +144,13 @@ def run(
     return recurrent(recurrence, inputs, state, offsets, scale, variance)
 
 
-def _parallel(structure: Structure, plan: Plan) -> bool:
+def _parallel(structure: Structure, plan: Plan, q: Tensor) -> bool:
     """Whether the plan's family has kernels, and its small states are scans (a nonlinear one goes token by token)."""
+    if plan.family == "solve":
+        from unify.kernels.solve import fits
+
+        if not fits(q):
+            return False
     return plan.family in FAMILIES and all(x.decay is not None for x in structure.autonomous)
 
 

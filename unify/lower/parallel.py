@@ -39,6 +39,11 @@ class Chunked:
         """Two decayed sums, divided entry by entry at the read."""
         return chunked.elementwise(scale * q, k, v, b, g, prior, M0, I0, **options)
 
+    def solve(self, q, k, v, gain, g, prior, M0, P0, *, scale, **options):
+        """Two decayed sums, the read a solve with one of them."""
+        o, var, *last = chunked.solve(q, k, v, gain, g, prior, M0, P0, **options)
+        return scale * o, None if var is None else scale**2 * var, *last
+
     def decayed_sum(self, g, x, x0):
         """A small autonomous state at every token, and its last value."""
         return chunked.decayed_sum(g, x, x0)
@@ -178,7 +183,7 @@ def run(
 ):
     """Execute a sequence by the plan's schedule; arguments and results as `lower.torch.loop`.
 
-    schedule: whose `linear`, `rank_one`, `elementwise`, `decayed_sum` and `previous` to use; default `Chunked()`.
+    schedule: whose `linear`, `rank_one`, `elementwise`, `solve`, `decayed_sum` and `previous` to use; default `Chunked()`.
     """
     seq = Sequence(recurrence, structure, inputs, state, scale, schedule or Chunked())
     o, var, final = {"linear": _matmul, "rank one": _matmul, "elementwise": _elementwise, "solve": _solve}[plan.family](
@@ -318,14 +323,13 @@ def _solve(seq: Sequence, variance: bool):
     pairs = [_bare(x) for x in s.steps]
     keys = [k for k, _ in pairs]
     gains = [_ratio(d, k * at_index(k, j, l)) for d, k in zip(_drives(seq, precision.name), keys, strict=True)]
-    lay = lambda exprs, dims: m.lay([seq.full(x, dims) for x in exprs])  # noqa: E731
+    lay = lambda exprs, dims: m.lay([seq.factor(x, dims) for x in exprs])  # noqa: E731
     prior = seq.value(prior_precision(t), (j,)) if t.prior.adaptive is None else None
     if prior is not None:
         prior = prior.expand(seq.shape[2], seq.shape[3])
-    scale = seq["scale"]
-    o, var, last, excess = chunked.solve(
-        m.repeat(seq["q"]), lay(keys, (j,)), lay([v for _, v in pairs], (i,)), lay(gains, ()), m.g, prior,
-        seq.state[s.mean], seq.state[precision.name], before=s.before, variance=variance,
+    o, var, last, excess = seq.schedule.solve(
+        m.repeat(seq.raw["q"]), lay(keys, (j,)), lay([v for _, v in pairs], (i,)), m.lay([seq.full(x, ()) for x in gains]), m.g,
+        prior, seq.state[s.mean], seq.state[precision.name], scale=seq["scale"], before=s.before, variance=variance,
         ridge=seq.get("ridge"), mix=m.repeat(seq["mix"]) if t.architecture.mix else None,
     )  # fmt: skip
-    return scale * m.pick(o), scale**2 * m.pick(var) if variance else None, {s.mean: last, precision.name: excess}
+    return m.pick(o), m.pick(var) if variance else None, {s.mean: last, precision.name: excess}
