@@ -412,7 +412,7 @@ TILES = {
     "channel grads of two": (64, 64, 8, 3),  # two reads or writes, 948; 32x128x4 1077, 32x64x4 1027 (beside other work)
     "mix": (128, 64, 4, 3),  # 19 / 43; 64x64x4 27 / 50
     "solve": (0, 64, 8, 1),  # all key channels, and tokens; not timed yet
-    "solve tall": (0, 32, 8, 1),  # K > 128, or float32: 16 tokens, for want of registers
+    "solve exact": (0, 32, 8, 1),  # float32: 16 tokens, for want of registers
     "invert": (64, 64, 4, 3),  # less the Newton step 71 / 136; 2 warps 101 / 198, 8 warps 133 / 257
 }
 
@@ -519,10 +519,13 @@ def scores(
 
 def walk(
     at: Layout, G: Tensor, s0: Tensor, rank: tuple[Tensor, Tensor, Tensor] | None, added: tuple[Tensor, Tensor] | None,
-    c: float = 1.0, reverse: bool = False,
+    c: float = 1.0, reverse: bool = False, keep: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """States at chunks' borders [slots, H, K, V], the last state and u; rank: (x, z, a), added: (b, v) of `_walk`."""
-    states, last = at.empty(s0, at.slots, at.H, at.K, at.V), torch.empty_like(s0)
+    """States at chunks' borders [slots, H, K, V], the last state and u; rank: (x, z, a), added: (b, v) of `_walk`.
+
+    keep: type of the states at chunks' borders, if not that of the operands.
+    """
+    states, last = at.empty(s0, at.slots, at.H, at.K, at.V, dtype=keep), torch.empty_like(s0)
     x, z, a = rank or (G, G, G)
     b, v = added or (G, G)
     u = torch.empty_like(z) if rank else None

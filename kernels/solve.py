@@ -31,8 +31,8 @@ WIDEST = 512  # bytes of a row of P, of which a program holds all
 
 
 def fits(q: Tensor) -> bool:
-    """Whether a program can hold P for keys like q [..., K]: to K = 256 in half precision, 128 in float32, 64 in float64."""
-    return chunk.power(q.shape[-1]) * q.element_size() <= WIDEST
+    """Whether a program can hold P for keys like q [..., K]: up to K = 128, in float64 64."""
+    return chunk.power(q.shape[-1]) * max(q.element_size(), 4) <= WIDEST
 
 
 @triton.jit
@@ -51,12 +51,13 @@ def _weigh(k, gain, G, out, offsets, N, H, K, C: tl.constexpr, BK: tl.constexpr,
 @triton.jit
 def _solve(
     q, k, gain, prior, P, G, out, offsets, steps, N, H, K,
-    BEFORE: tl.constexpr, TOKEN: tl.constexpr, TOLERANCE: tl.constexpr,
+    BEFORE: tl.constexpr, TOKEN: tl.constexpr, SPLIT: tl.constexpr, TOLERANCE: tl.constexpr,
     C: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """out = (P_t + Lambda)^-1 q for R tokens of a chunk, or with P_{t-1} if BEFORE; P at the chunk's start.
 
-    prior: Lambda's diagonal [H, K], or if TOKEN a number a token [tokens, H].
+    prior: Lambda's diagonal [H, K], or if TOKEN a number a token [tokens, H]. SPLIT: P is wider than the products' operands
+    and enters as a sum of two of them, because the solution magnifies what its rounding loses.
     """
     blocks: tl.constexpr = C // R
     slot, row, h = tl.program_id(0) // blocks, tl.program_id(0) % blocks * R + tl.arange(0, R), tl.program_id(1)
@@ -68,6 +69,9 @@ def _solve(
     keys = load(k, start, end, h, H, K, 0, C, BK).to(DT)
     at, inside = matrix_at(P, slot * H + h, K, K, 0, 0, BK, BK)
     past = tl.load(at, mask=inside, other=0.0)
+    high = past.to(DT)
+    if SPLIT:
+        low = (past - high.to(ACC)).to(DT)
 
     after = load(G, start, end, h, H, 1, 0, C, 1)
     shift: tl.constexpr = 1 if BEFORE else 0
@@ -94,8 +98,10 @@ def _solve(
     open = (rho > goal) | (rho != rho)
     count = 0
     while (count < steps) & (tl.max(open.to(tl.int32), 0) > 0):
-        Ap = keep * dot(p, tl.trans(past), DT, ACC)
-        Ap += dot(pairs * dot(p, tl.trans(keys), DT, ACC), keys, DT, ACC) + level * p
+        Ap = dot(p, tl.trans(high), DT, ACC)
+        if SPLIT:
+            Ap += dot(p, tl.trans(low), DT, ACC)
+        Ap = keep * Ap + dot(pairs * dot(p, tl.trans(keys), DT, ACC), keys, DT, ACC) + level * p
         length = (tl.where(open, rho, 0.0) / tl.where(open, tl.sum(p * Ap, 1), 1.0))[:, None]
         x += length * p
         r -= length * Ap
@@ -108,13 +114,52 @@ def _solve(
     store(out, size * x, first, end, h, H, K, 0, R, BK)
 
 
-def _solved(at: chunk.Layout, b: Tensor, system: tuple[Tensor, ...], P: Tensor, G: Tensor, before: bool, steps: int) -> Tensor:
+@triton.jit
+def _finish(
+    k, gain, x, y, d_written, dk, d_gain, d_prior, offsets, N, H, K,
+    TOKEN: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Gradients through gain k, that of k added to dk, and -x y, the prior's: of a token if TOKEN, else of the slot [slots, H, K]."""
+    slot, h = tl.program_id(0), tl.program_id(1)
+    start, end = locate(slot, offsets, N, C)
+    if start >= end:
+        return
+    share = load(gain, start, end, h, H, 1, 0, C, 1).to(ACC)
+    d_share, d_level = tl.zeros([C], ACC), tl.zeros([C], ACC)
+    for k0 in range(0, K, BK):
+        d = load(d_written, start, end, h, H, K, k0, C, BK).to(ACC)
+        store(dk, load(dk, start, end, h, H, K, k0, C, BK) + share * d, start, end, h, H, K, k0, C, BK)
+        d_share += tl.sum(d * load(k, start, end, h, H, K, k0, C, BK), 1)
+        flow = -load(x, start, end, h, H, K, k0, C, BK).to(ACC) * load(y, start, end, h, H, K, k0, C, BK)
+        if TOKEN:
+            d_level += tl.sum(flow, 1)
+        else:
+            j = k0 + tl.arange(0, BK)
+            tl.store(d_prior + (slot.to(tl.int64) * H + h) * K + j, tl.sum(flow, 0), mask=j < K)
+    store(d_gain, d_share[:, None], start, end, h, H, 1, 0, C, 1)
+    if TOKEN:
+        store(d_prior, d_level[:, None], start, end, h, H, 1, 0, C, 1)
+
+
+def _token(prior: Tensor) -> bool:
+    """Whether a prior is one number a token."""
+    return prior.ndim == 4
+
+
+def _block(at: chunk.Layout) -> dict:
+    """Launch options of what goes over a chunk's tokens channel by channel."""
+    return {"C": chunk.C, "BK": max(16, min(chunk.power(at.K), 64)), "ACC": chunk.TYPES[at.wide]}
+
+
+def _solved(
+    at: chunk.Layout, b: Tensor, system: tuple[Tensor, ...], P: Tensor, G: Tensor, before: bool, steps: int
+) -> Tensor:
     """(P_t + Lambda)^-1 b_t at every token; system: k, gain and prior."""
-    out, token = torch.empty_like(b), system[-1].shape[-1] == 1 and system[-1].ndim == 4
-    BK, R, launch = at.tile("solve" if at.half and at.K <= 128 else "solve tall", at.K, chunk.C)
+    out = torch.empty_like(b)
+    BK, R, launch = at.tile("solve" if at.half else "solve exact", at.K, chunk.C)
     _solve[at.slots * chunk.blocks(chunk.C, R), at.H](
         b, *system, P, G, out, at.offsets, steps, at.N, at.H, at.K,
-        before, token, TOLERANCE[at.work], R=R, BK=BK, **launch, **at.options,
+        before, _token(system[-1]), at.half, TOLERANCE[at.work], R=R, BK=BK, **launch, **at.options,
     )  # fmt: skip
     return out
 
@@ -127,17 +172,16 @@ def _forward(
     q, k, gain, g, prior, p0 = (y.contiguous() for y in (q, k, gain, g, prior, p0))
     at = chunk.layout(q, k, g, offsets)
     G, written = chunk.cumulate(at, g), at.empty(k, *k.shape)
-    BK = max(16, min(chunk.power(at.K), 64))
-    _weigh[at.slots, at.H](k, gain, G, written, offsets, at.N, at.H, at.K, chunk.C, BK, chunk.TYPES[at.wide])
-    P, last, _ = chunk.walk(at, G, p0, None, (k, written))
+    _weigh[at.slots, at.H](k, gain, G, written, offsets, at.N, at.H, at.K, **_block(at))
+    P, last, _ = chunk.walk(at, G, p0, None, (k, written), keep=at.wide)
     return _solved(at, q, (k, gain, prior), P, G, before, steps), last, G, P
 
 
 @_forward.register_fake
 def _(q, k, gain, g, prior, p0, offsets, before, steps):
     at = chunk.layout(q, k, g, offsets)
-    G, _, P = chunk.kept(at, q)
-    return torch.empty_like(q), torch.empty_like(p0), G, P
+    P = at.empty(q, at.slots, at.H, at.K, at.K, dtype=at.wide)
+    return torch.empty_like(q), torch.empty_like(p0), at.gates_like(q), P
 
 
 @torch.library.custom_op("unify::solve_backward", mutates_args=())
@@ -151,12 +195,15 @@ def _backward(
     y = _solved(at, dx, (k, gain, prior), P, G, before, steps)
     A, near, far = chunk.scores(at, y, k, G, before, near=True, far=True)
     D, d_start, _ = chunk.walk(at, G, d_last, None, (near, x), -1.0, reverse=True)
-    written = (gain[..., None] * k).to(k.dtype)
+    written = torch.mul(gain[..., None], k, out=torch.empty_like(k))
     d_written = chunk.read(at, far, D, (A, x), None, torch.empty_like(k), (1.0, -1.0, 0.0), back=True)
     _, (dk,), dg = chunk.grads(at, G, [(y, x)], [(k, written)], P, D, g, -1.0, before)
-    d_gain = (d_written * k).sum(-1, dtype=at.wide).to(gain.dtype)
-    d_prior = -(y.to(at.wide) * x).sum_to_size(prior.shape if prior.ndim == 4 else (1, 1, *prior.shape)).view(prior.shape)
-    return [y, (dk + gain[..., None] * d_written).to(k.dtype), d_gain, dg, d_prior.to(prior.dtype), d_start]
+    d_gain, token = torch.empty_like(gain), _token(prior)
+    d_prior = torch.empty_like(prior) if token else prior.new_zeros(at.slots, at.H, at.K)
+    _finish[at.slots, at.H](
+        k, gain, x, y, d_written, dk, d_gain, d_prior, offsets, at.N, at.H, at.K, TOKEN=token, **_block(at)
+    )
+    return [y, dk, d_gain, dg, d_prior if token else d_prior.sum(0), d_start]
 
 
 @_backward.register_fake

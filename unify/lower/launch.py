@@ -55,15 +55,18 @@ class Kernels:
         from unify.kernels.linear import linear
         from unify.kernels.solve import solve
 
-        if ridge is not None:
-            prior = self._ridge(k, gain, g, P0, ridge, before)
+        if (
+            ridge is not None
+        ):  # a few percent of P: what it lets through nearly cancels, which half precision cannot hold
+            q, k, v = (x.to(gain.dtype) for x in (q, k, v))
+            prior = self._ridge(k, gain, g, P0, ridge)
         x, P = solve(q, k, gain, g, prior, P0, self.stretched, before=before)
         read = x if mix is None else (q + mix[..., None] * (x - q)).to(q.dtype)
         o, M = linear(read, k, v, g, M0, self.stretched, scale=scale, before=before)
         var = scale**2 * (q.to(gain.dtype) * x).sum(-1, keepdim=True).expand(v.shape) if variance else None
         return o, var, M, P
 
-    def _ridge(self, k, gain, g, P0, ridge, before):
+    def _ridge(self, k, gain, g, P0, ridge):
         """ridge ||P_t||_F, [B, T, H, 1], and 1 where P = 0.
 
         ||a P + b k k^T||^2 = a^2 ||P||^2 + 2 a b k^T P k + (b k^T k)^2: a decayed sum, driven by a read of the memory P.
@@ -72,11 +75,12 @@ class Kernels:
         from unify.kernels.scan import decayed_sum
 
         written = gain[..., None] * k
-        seen, _ = linear(k, k, written.to(k.dtype), g, P0, self.stretched, scale=1.0, before=True)
-        drive = 2 * g.exp()[..., None] * (written * seen).sum(-1, keepdim=True) + (written * k).sum(-1, keepdim=True) ** 2
+        seen, _ = linear(k, k, written, g, P0, self.stretched, scale=1.0, before=True)
+        drive = (
+            2 * g.exp()[..., None] * (written * seen).sum(-1, keepdim=True) + (written * k).sum(-1, keepdim=True) ** 2
+        )
         start = (P0 * P0).sum((-2, -1))[..., None]
         square, _ = decayed_sum(2 * g[..., None], drive, start, self.stretched)
-        square = _shifted(start, square, self.stretched) if before else square
         some = square > 0
         return torch.where(some, ridge[:, None] * torch.where(some, square, 1.0).sqrt(), 1.0)
 
@@ -91,15 +95,16 @@ class Kernels:
 
     def previous(self, start, states):
         """The state each token finds."""
-        return _shifted(start, states, self.offsets)
+        shifted = torch.cat([states[:, :1], states[:, :-1]], 1)
+        return shifted.index_copy(1, self.offsets[:-1], start[None])
 
 
-def _shifted(start: Tensor, states: Tensor, offsets: Tensor) -> Tensor:
-    """States one token late, each sequence's first in front."""
-    return torch.cat([states[:, :1], states[:, :-1]], 1).index_copy(1, offsets[:-1], start[None])
-
-
-FAMILIES = ("linear", "rank one", "elementwise", "solve")  # plan families with kernels of their own; the rest run recurrently
+FAMILIES = (
+    "linear",
+    "rank one",
+    "elementwise",
+    "solve",
+)  # plan families with kernels of their own; the rest run recurrently
 
 
 def prepared(recurrence: Recurrence) -> Module:
