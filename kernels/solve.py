@@ -22,10 +22,13 @@ from torch import Tensor
 from unify.kernels import chunk
 from unify.kernels.chunk import dot, load, load_row, locate, matrix_at, store, weight
 
-STEPS = 256  # bounds the solve; systems of condition number 1.6e5 (K = 128) took 105 steps in bfloat16, 188 in float32
-# Residual at which a solve ends, relative to q, both measured by the preconditioner. Steps that takes at K = 128 for random
-# keys, memories of 20 to 1000 tokens and priors of 0.5 to 1e-3: bfloat16 4 to 9, float32 9 to 19; with one channel 30 times
-# the other, or all keys near one direction (silu), 4 to 13 and 9 to 24. The error of x was at most 6e-4 and 5e-7.
+STEPS = (
+    256  # bounds the solve; the worst system tried (condition number 1.6e5) took 105 steps in bfloat16, 188 in float32
+)
+# Residual at which a solve ends, relative to q, both measured by the preconditioner. Steps that takes, emulated in torch
+# with the directions rounded, K = 128, priors of 0.5 to 1e-3: random keys and memories of 20 to 1000 tokens, bfloat16 4 to 9
+# and float32 9 to 19; one channel 30 times the other, or all keys near one direction (silu), 4 to 13 and 9 to 24. The error
+# of x was at most 6e-4 and 5e-7.
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-7, torch.bfloat16: 1e-3}
 WIDEST = 512  # bytes of a row of P, of which a program holds all
 
@@ -159,7 +162,7 @@ def _solved(
     BK, R, launch = at.tile("solve" if at.half else "solve exact", at.K, chunk.C)
     _solve[at.slots * chunk.blocks(chunk.C, R), at.H](
         b, *system, P, G, out, at.offsets, steps, at.N, at.H, at.K,
-        before, _token(system[-1]), at.half, TOLERANCE[at.work], R=R, BK=BK, **launch, **at.options,
+        before, _token(system[-1]), at.work != at.wide, TOLERANCE[at.work], R=R, BK=BK, **launch, **at.options,
     )  # fmt: skip
     return out
 
