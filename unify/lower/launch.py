@@ -99,12 +99,8 @@ class Kernels:
         return shifted.index_copy(1, self.offsets[:-1], start[None])
 
 
-FAMILIES = (
-    "linear",
-    "rank one",
-    "elementwise",
-    "solve",
-)  # plan families with kernels of their own; the rest run recurrently
+# plan families with kernels of their own; the rest run recurrently
+FAMILIES = ("linear", "rank one", "elementwise", "solve")
 
 
 def prepared(recurrence: Recurrence) -> Module:
