@@ -87,6 +87,16 @@ def dot(a, b, DT: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
+def split_dot(a, S, SPLIT: tl.constexpr, DT: tl.constexpr, ACC: tl.constexpr):
+    """a S; SPLIT: S is wider than DT and enters as the sum of what DT holds and of the rest."""
+    high = S.to(DT)
+    out = dot(a, high, DT, ACC)
+    if SPLIT:
+        out += dot(a, S - high.to(S.dtype), DT, ACC)
+    return out
+
+
+@triton.jit
 def weight(x, ACC: tl.constexpr):
     """exp of a sum of log decays; of padding rows, whose differences can be positive, something finite."""
     return tl.exp(tl.minimum(x, 0.0).to(ACC))
@@ -276,7 +286,7 @@ def _read(
 @triton.jit
 def _grads(
     q, r, k, w, do, du, v, u, qk, qw, rk, rw, S, D, G, dq, dr, dk, dw, dg, offsets, c, N, H, K, V, X, tokens,
-    READS: tl.constexpr, WRITES: tl.constexpr, GATE: tl.constexpr, BEFORE: tl.constexpr,
+    READS: tl.constexpr, WRITES: tl.constexpr, GATE: tl.constexpr, BEFORE: tl.constexpr, SPLIT: tl.constexpr,
     C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BX: tl.constexpr, DT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Gradients of reads and writes and of the gates, for a block of key channels of a chunk.
@@ -284,7 +294,7 @@ def _grads(
     Reads: q with cotangent c do, and r (before its token's update) with cotangent -du. Writes: k with v, and w with u.
     qk ... rw [tokens, H, C] hold the products do v^T ... du u^T. S is the state at the chunk's start and D the adjoint
     at its end. A gate decays what is read later of what was written earlier, so with N = sum of read . d read less
-    write . d write, dg_t is the sum of N from t on: what the chunk holds, and at its end sum_v S D.
+    write . d write, dg_t is the sum of N from t on: what the chunk holds, and at its end sum_v S D. SPLIT: see `split_dot`.
     """
     blocks = tl.cdiv(K, BK)
     slot, k0, h = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BK, tl.program_id(1)
@@ -299,12 +309,12 @@ def _grads(
         state = tl.load(at, mask=inside, other=0.0)
         at, inside = matrix_at(D, slot * H + h, K, V, k0, v0, BK, BV)
         adjoint = tl.load(at, mask=inside, other=0.0)
-        d_q += dot(load(do, start, end, h, H, V, v0, C, BV), tl.trans(state), DT, ACC)
-        d_k += dot(load(v, start, end, h, H, V, v0, C, BV), tl.trans(adjoint), DT, ACC)
+        d_q += split_dot(load(do, start, end, h, H, V, v0, C, BV), tl.trans(state), SPLIT, DT, ACC)
+        d_k += split_dot(load(v, start, end, h, H, V, v0, C, BV), tl.trans(adjoint), SPLIT, DT, ACC)
         if READS == 2:
-            d_r += dot(load(du, start, end, h, H, V, v0, C, BV), tl.trans(state), DT, ACC)
+            d_r += split_dot(load(du, start, end, h, H, V, v0, C, BV), tl.trans(state), SPLIT, DT, ACC)
         if WRITES == 2:
-            d_w += dot(load(u, start, end, h, H, V, v0, C, BV), tl.trans(adjoint), DT, ACC)
+            d_w += split_dot(load(u, start, end, h, H, V, v0, C, BV), tl.trans(adjoint), SPLIT, DT, ACC)
         tail += tl.sum(state.to(ACC) * adjoint.to(ACC), 1)
 
     after = load(G, start, end, h, H, X, x0, C, BX)
@@ -570,6 +580,7 @@ def grads(
     _grads[at.slots * blocks(at.K, BK), at.H](
         q, r, k, w, do, du, v, u, pairs[0][0], pairs[0][-1], pairs[-1][0], pairs[-1][-1], S, D, G,
         d_reads[0], d_reads[-1], d_writes[0], d_writes[-1], dg, at.offsets, c, at.N, at.H, at.K, at.V, at.X, at.tokens,
-        len(reads), len(writes), at.gate, before, LEVELS=LEVELS, BK=BK, BV=BV, BX=at.wide_gate(BK), **launch, **at.options,
+        len(reads), len(writes), at.gate, before, S.dtype != at.work,
+        LEVELS=LEVELS, BK=BK, BV=BV, BX=at.wide_gate(BK), **launch, **at.options,
     )  # fmt: skip
     return d_reads, d_writes, (dg.sum(0) if shares > 1 else dg).view(g.shape).to(g.dtype)

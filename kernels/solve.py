@@ -8,6 +8,9 @@ never formed: its product with a direction p is a read of that memory, and one p
 three matrix products a step. Steps are preconditioned by the diagonal of P_t + Lambda, a decayed sum of k^2: keys whose
 channels differ in size cost no more than even ones (condition number 1234: 8 steps to 1e-3 instead of 104).
 
+Products in half precision would lose too much of P, because a solution magnifies its rounding by the condition number:
+P and its adjoint are kept in float32, and enter such products in two parts.
+
 The gradient is implicit: y_t solves the same systems for dx_t, dq = y, and P_t's gradient -y_t x_t^T is what a linear
 memory read with y and cotangent -x would leave, so `chunk` turns it into gradients of both factors, gates and start.
 """
@@ -20,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from unify.kernels import chunk
-from unify.kernels.chunk import dot, load, load_row, locate, matrix_at, store, weight
+from unify.kernels.chunk import dot, load, load_row, locate, matrix_at, split_dot, store, weight
 
 STEPS = (
     256  # bounds the solve; the worst system tried (condition number 1.6e5) took 105 steps in bfloat16, 188 in float32
@@ -59,8 +62,7 @@ def _solve(
 ):  # fmt: skip
     """out = (P_t + Lambda)^-1 q for R tokens of a chunk, or with P_{t-1} if BEFORE; P at the chunk's start.
 
-    prior: Lambda's diagonal [H, K], or if TOKEN a number a token [tokens, H]. SPLIT: P is wider than the products' operands
-    and enters as a sum of two of them, because the solution magnifies what its rounding loses.
+    prior: Lambda's diagonal [H, K], or if TOKEN a number a token [tokens, H]. SPLIT: see `split_dot`.
     """
     blocks: tl.constexpr = C // R
     slot, row, h = tl.program_id(0) // blocks, tl.program_id(0) % blocks * R + tl.arange(0, R), tl.program_id(1)
@@ -72,9 +74,6 @@ def _solve(
     keys = load(k, start, end, h, H, K, 0, C, BK).to(DT)
     at, inside = matrix_at(P, slot * H + h, K, K, 0, 0, BK, BK)
     past = tl.load(at, mask=inside, other=0.0)
-    high = past.to(DT)
-    if SPLIT:
-        low = (past - high.to(ACC)).to(DT)
 
     after = load(G, start, end, h, H, 1, 0, C, 1)
     shift: tl.constexpr = 1 if BEFORE else 0
@@ -101,10 +100,8 @@ def _solve(
     open = (rho > goal) | (rho != rho)
     count = 0
     while (count < steps) & (tl.max(open.to(tl.int32), 0) > 0):
-        Ap = dot(p, tl.trans(high), DT, ACC)
-        if SPLIT:
-            Ap += dot(p, tl.trans(low), DT, ACC)
-        Ap = keep * Ap + dot(pairs * dot(p, tl.trans(keys), DT, ACC), keys, DT, ACC) + level * p
+        Ap = keep * split_dot(p, tl.trans(past), SPLIT, DT, ACC)
+        Ap += dot(pairs * dot(p, tl.trans(keys), DT, ACC), keys, DT, ACC) + level * p
         length = (tl.where(open, rho, 0.0) / tl.where(open, tl.sum(p * Ap, 1), 1.0))[:, None]
         x += length * p
         r -= length * Ap
@@ -197,7 +194,7 @@ def _backward(
     at = chunk.layout(x, k, g, offsets)
     y = _solved(at, dx, (k, gain, prior), P, G, before, steps)
     A, near, far = chunk.scores(at, y, k, G, before, near=True, far=True)
-    D, d_start, _ = chunk.walk(at, G, d_last, None, (near, x), -1.0, reverse=True)
+    D, d_start, _ = chunk.walk(at, G, d_last, None, (near, x), -1.0, reverse=True, keep=at.wide)
     written = torch.mul(gain[..., None], k, out=torch.empty_like(k))
     d_written = chunk.read(at, far, D, (A, x), None, torch.empty_like(k), (1.0, -1.0, 0.0), back=True)
     _, (dk,), dg = chunk.grads(at, G, [(y, x)], [(k, written)], P, D, g, -1.0, before)

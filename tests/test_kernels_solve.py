@@ -107,17 +107,18 @@ def test_weak_priors_and_strong_keys(poisoned, dtype, tolerance):
 
 
 def test_a_memory_wider_than_the_operands_keeps_its_digits(monkeypatch):
-    """Half-precision operands, float16 because the interpreter multiplies it, and a memory that they could not hold."""
-    q, k, gain, g, prior, p0 = case([0, 20], 1, 1, 6, torch.float32, kind="weak")
-    x = [q, k, 0 * gain, g, prior, p0 + 100]
-    exact, rounded = (dense(*(y.double() for y in (*x[:5], p)), [0, 20])[0] for p in (x[5], x[5].half()))
-    whole = chunk.layout
-    monkeypatch.setattr(chunk, "layout", lambda *a: whole(*a)._replace(work=torch.float16))
+    """Half-precision operands, float16 because the interpreter multiplies it, and a memory too stiff to be held so."""
+    x, at = case([0, 90], 1, 1, 6, torch.float16, kind="weak"), torch.tensor([0, 90])
+    x = [y.float() for y in (*x[:5], x[5] + 100)]
+    want = graded(lambda *a: dense(*a, [0, 90]), [y.double() for y in x])
+    layout, walk = chunk.layout, chunk.walk
+    monkeypatch.setattr(chunk, "layout", lambda *a: layout(*a)._replace(work=torch.float16))
     monkeypatch.setitem(chunk.TYPES, torch.float16, kernels.tl.float16)
     monkeypatch.setitem(kernels.TOLERANCE, torch.float16, 1e-5)
-    found = solve(*x, torch.tensor([0, 20]))[0]
-    distance = lambda y: ((y - exact).norm() / exact.norm()).item()  # noqa: E731
-    assert distance(found) < 1e-4 < 1e-2 < distance(rounded)
+    agree(graded(lambda *a: solve(*a, at), x), want, NAMES, 1e-3)
+    monkeypatch.setattr(chunk, "walk", lambda *a, keep, **k: walk(*a, **k))
+    with pytest.raises(AssertionError, match="x: relative error"):
+        agree(graded(lambda *a: solve(*a, at), x), want, NAMES, 1e-2)
 
 
 def test_channels_of_different_size_cost_no_more_steps():
