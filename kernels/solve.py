@@ -25,9 +25,7 @@ from torch import Tensor
 from unify.kernels import chunk
 from unify.kernels.chunk import dot, load, load_row, locate, matrix_at, split_dot, store, weight
 
-STEPS = (
-    256  # bounds the solve; the worst system tried (condition number 1.6e5) took 105 steps in bfloat16, 188 in float32
-)
+STEPS = 256  # the worst system tried (condition number 1.6e5) took 105 steps in bfloat16, 188 in float32
 # Residual at which a solve ends, relative to q, both measured by the preconditioner. Steps that takes, emulated in torch
 # with the directions rounded, K = 128, priors of 0.5 to 1e-3: random keys and memories of 20 to 1000 tokens, bfloat16 4 to 9
 # and float32 9 to 19; one channel 30 times the other, or all keys near one direction (silu), 4 to 13 and 9 to 24. The error
@@ -199,11 +197,11 @@ def _backward(
     d_written = chunk.read(at, far, D, (A, x), None, torch.empty_like(k), (1.0, -1.0, 0.0), back=True)
     _, (dk,), dg = chunk.grads(at, G, [(y, x)], [(k, written)], P, D, g, -1.0, before)
     d_gain, token = torch.empty_like(gain), _token(prior)
-    d_prior = torch.empty_like(prior) if token else prior.new_zeros(at.slots, at.H, at.K)
+    d_prior = torch.empty_like(prior) if token else prior.new_zeros(at.slots, at.H, at.K, dtype=at.wide)
     _finish[at.slots, at.H](
         k, gain, x, y, d_written, dk, d_gain, d_prior, offsets, at.N, at.H, at.K, TOKEN=token, **_block(at)
     )
-    return [y, dk, d_gain, dg, d_prior if token else d_prior.sum(0), d_start]
+    return [y, dk, d_gain, dg, d_prior if token else d_prior.sum(0).to(prior.dtype), d_start]
 
 
 @_backward.register_fake
@@ -234,7 +232,7 @@ def solve(
     """P_t = exp(g_t) P_{t-1} + gain_t k_t k_t^T ;  (P_t + Lambda) x_t = q_t, or with P_{t-1} when `before` (not decayed).
 
     q, k: [B, T, H, K]; gain, g: [B, T, H], gain >= 0, g the natural log of the decay, <= 0. One decay a head: with one a
-    channel P_t would not stay symmetric.
+    channel P_t would not stay symmetric, so no plan has it.
     prior: Lambda's diagonal, > 0: [H, K], or [B, T, H, 1] for a multiple of the identity at every token
     p0: [N, H, K, K] float32, symmetric and not negative; offsets: int64 [N + 1] into the flattened B T tokens
     steps: at most so many of conjugate gradients; a tile of tokens ends when all of them are solved to `TOLERANCE`
