@@ -23,6 +23,7 @@ from unify.kernels.solve import solve
 from unify.lower import launch
 from unify.models.zoo import get
 from unify.op import compile
+from unify.testing import random_inputs
 
 PACKED = [0, 1, 64, 128, 128, 193]  # lengths 1, 63, 64, 0 and 65
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
@@ -213,6 +214,19 @@ def test_every_read_that_structure_allows(read, repeats, mix, monkeypatch):
         assert max(errors.values()) <= 1e-10, errors
     assert called[0]["before"] == (read == "before")
     assert (called[0]["mix"] is not None) == mix
+
+
+def test_a_ridge_of_nothing_seen_yet():
+    """Where P = 0 both backends solve with 1 instead, and every gradient is finite."""
+    triple = get("gated_kalmanet").triple
+    inputs = random_inputs(compile(triple, "torch"), B=1, T=40, H=1, K=3, V=2, gates="moderate")
+    inputs["beta"][:, :9] = 0
+    state = [torch.zeros(1, 1, 3, 2 if s.name == "M" else 3).double() for s in compile(triple).recurrence.states]
+    weights = {"o": torch.ones(1), "variance": torch.ones(1), "M": torch.ones(1), "P": torch.eye(3)}
+    both = [results(compile(triple, backend), inputs, state, weights) for backend in ("torch", "triton")]
+    for want, found in zip(*both, strict=True):
+        for name, x in want.items():
+            torch.testing.assert_close(found[name], x, msg=name)
 
 
 def test_keys_too_wide_for_a_program_run_recurrently(monkeypatch):
