@@ -78,7 +78,7 @@ def gradients(function, x, offsets, seed=1, **options):
     out = dict(zip(("o", "variance", "M_T", "I_T"), out, strict=True))
     out = {name: y for name, y in out.items() if y is not None}
     make = torch.Generator(x["q"].device).manual_seed(seed)
-    noise = lambda y: torch.randn(y.shape, generator=make, dtype=torch.float64, device=y.device)  # noqa: E731
+    noise = lambda y: torch.randn(y.shape, generator=make, device=y.device).bfloat16().double()  # noqa: E731
     loss = sum((y.double() * noise(y)).sum() for y in out.values())
     found = torch.autograd.grad(loss, list(leaves.values()))
     return {

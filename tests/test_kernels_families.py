@@ -47,4 +47,5 @@ def test_short_sequences_decode_recurrently(spied):
 @pytest.mark.parametrize("name", PARALLEL)
 def test_on_the_device(name, dtype, tolerance):
     for errors in compare(get(name).triple, (130, 63, 65), H=2, K=24, V=40, device="cuda", dtype=dtype):
-        assert max(errors.values()) <= tolerance, errors
+        bad = {name: e for name, e in errors.items() if not e <= tolerance}
+        assert not bad

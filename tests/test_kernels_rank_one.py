@@ -57,7 +57,10 @@ def graded(f, inputs, shared):
     inputs = {name: x.detach().clone().requires_grad_() for name, x in inputs.items() if not (shared and name == "k")}
     out = f(**inputs, **({"k": inputs["w"]} if shared else {}))
     make = torch.Generator().manual_seed(7)
-    loss = sum((x.double() * torch.randn(x.shape, generator=make, dtype=torch.float64).to(x.device)).sum() for x in out)
+    draw = lambda x: torch.randn(x.shape, generator=make).bfloat16().double().to(x.device)  # noqa: E731
+    loss = sum(
+        (x.double() * draw(x)).sum() for x in out
+    )  # weights that every type holds: gradients come in the outputs' types
     grads = torch.autograd.grad(loss, list(inputs.values()))
     return {"o": out[0], "s_T": out[1]} | {f"d{name}": x for name, x in zip(inputs, grads, strict=True)}
 
@@ -163,5 +166,9 @@ def test_operators_are_registered_soundly(shared):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_the_gpu(poisoned, dtype, channels, before, shared):
     for kind in ("mixed", "weak"):
-        compare(PACKED, 1, 2, 5, 3, dtype, channels, before, shared, kind, "cuda")
+        if (
+            dtype == torch.float32
+        ):  # among 5 channels a random erasure is nearly degenerate: half precision says little there
+            compare(PACKED, 1, 2, 5, 3, dtype, channels, before, shared, kind, "cuda")
+        compare(PACKED, 1, 2, 64, 48, dtype, channels, before, shared, kind, "cuda")
         compare([0, 131, 262], 2, 3, 96, 192, dtype, channels, before, shared, kind, "cuda")
