@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import namedtuple
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, no_type_check
 
 import torch
+from torch.utils import _pytree
 
 from .derive import derive
 from .errors import UnifyError
@@ -44,18 +45,31 @@ class Op:
     plan: Plan
     backend: str
     checked: bool | None = None
+    state_type: type = field(init=False, repr=False, compare=False)  # the named tuple of this op's states
+    constant: _Constant = field(init=False, repr=False, compare=False)  # made ahead: torch.compile makes neither
 
-    @cached_property
-    def state_type(self) -> type:
-        """The named tuple of this op's states."""
-        return namedtuple("State", [s.name for s in self.recurrence.states])
+    def __post_init__(self):
+        object.__setattr__(self, "state_type", namedtuple("State", [s.name for s in self.recurrence.states]))
+        object.__setattr__(self, "constant", _Constant(self))
 
     @property
     def source(self) -> str:
-        """The token step as printed from the recurrence, with its equations as comments."""
-        from .lower.torch import source
+        """What is printed from the recurrence, its equations as comments: the token step in torch for the backends "torch"
+        and "reference", the step and its adjoint in Triton for "triton", both for "auto". Raises UnifyError where a
+        kernel cannot be printed and nothing else is asked for."""
+        from .lower import torch as on_torch
 
-        return source(self.recurrence)
+        if self.backend in ("torch", "reference"):
+            return on_torch.source(self.recurrence)
+        from .lower.triton import leaves
+
+        try:
+            kernels = leaves(self.recurrence)
+        except UnifyError as error:
+            if self.backend == "triton":
+                raise
+            kernels = f"# no Triton: {error}\n"
+        return kernels if self.backend == "triton" else f"{on_torch.source(self.recurrence)}\n\n{kernels}"
 
     def explain(self) -> str:
         """Recurrence, structure and plan as text."""
@@ -86,59 +100,59 @@ class Op:
         Returns o [B, T, H, V] in q's dtype; then the variance [B, T, H, V] if asked for; then the final state.
         Raises UnifyError for an argument the triple does not use, a missing one, a wrong shape, dtype or value.
         """
-        inputs = {name: x for name, x in {"q": q, "k": k, "v": v, **gates}.items() if x is not None}
-        sizes = self._check(inputs)
-        if self.checked or (self.checked is None and q.device.type == "cpu"):
-            self._check_values(inputs)
-        if self._chosen(q) == "triton":
-            return self._triton(
-                inputs, sizes, initial_state, output_final_state, cu_seqlens, return_variance, self._scale(scale, sizes)
-            )
-        offsets = self._offsets(cu_seqlens, sizes)
-        wide = torch.float64 if self.backend == "reference" or q.dtype == torch.float64 else torch.float32
-        inputs = {name: x.to(wide) for name, x in inputs.items()}
-        count = sizes["B"] if offsets is None else len(offsets) - 1
-        state = self._initial(initial_state, inputs, count, sizes)
-        scale = self._scale(scale, sizes)
-        if offsets is None:
-            o, var, final = self._run(inputs, state, scale, return_variance)
+        inputs = {"q": q, "k": k, "v": v, **gates}
+        options = {"scale": scale, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
+        options = {name: x for name, x in options.items() if x is not None}  # no place for None among a graph's inputs
+        inputs = {name: x for name, x in inputs.items() if x is not None}
+        if torch.compiler.is_compiling():
+            out = torch._dynamo.nonstrict_trace(_traced)(self.constant, inputs, return_variance, options)
         else:
-            o, var, final = self._packed(inputs, state, scale, return_variance, offsets)
-        return self._result(
-            o.to(q.dtype), var.to(q.dtype) if return_variance else None, final if output_final_state else None
-        )
-
-    def _result(self, o, var, final):
-        out = (o,)
-        out += (var,) if var is not None else ()
-        out += (self.state_type(*final),) if final is not None else ()
-        return out if len(out) > 1 else out[0]
+            out = self._run(inputs, return_variance, **options)
+        shown = out[: 1 + return_variance]
+        final = (self.state_type(*out[1 + return_variance :]),) if output_final_state else ()
+        return (*shown, *final) if len(shown) + len(final) > 1 else out[0]
 
     # -- running ------------------------------------------------------------------------------------------------------
 
     def _chosen(self, q) -> str:
         return self.backend if self.backend != "auto" else "triton" if q.is_cuda else "torch"
 
-    def _triton(
-        self, inputs: dict, sizes: dict, initial: Any, final: bool, cu_seqlens: Any, variance: bool, scale: float
-    ):
+    def _run(self, inputs, variance, traced=False, *, scale=None, initial_state=None, cu_seqlens=None) -> tuple:
+        """Check and run: (o, the variance if wanted, *final states). traced: for a graph, where nothing has a value."""
+        sizes = self._check(inputs)
+        scale, device = self._scale(scale, sizes), inputs["q"].device.type
+        if not traced and (self.checked or (self.checked is None and device == "cpu")):
+            self._check_values(inputs)
+        offsets = None if cu_seqlens is None else self._offsets(cu_seqlens, sizes, inputs["q"], traced)
+        run = self._triton if self._chosen(inputs["q"]) == "triton" else self._torch
+        with torch.autocast(device, enabled=False):  # the arguments' dtypes say what may be narrow, and sums never are
+            o, var, final = run(inputs, sizes, initial_state, offsets, variance, scale)
+        return (o, var, *final) if variance else (o, *final)
+
+    def _triton(self, inputs: dict, sizes: dict, initial: Any, offsets: Any, variance: bool, scale: float):
         """Printed kernels take packed sequences and half precision as they are; states are at least float32."""
         from .lower.launch import run
 
         q = inputs["q"]
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        if cu_seqlens is None:
-            count, offsets = sizes["B"], torch.arange(sizes["B"] + 1, device=q.device) * sizes["T"]
-        else:
-            self._check_offsets(cu_seqlens, sizes)
-            count, offsets = len(cu_seqlens) - 1, cu_seqlens.to(device=q.device, dtype=torch.int64)
-            if q.device.type == "cpu":
-                self._offsets(cu_seqlens, sizes)
-        state = self._initial(initial, {**inputs, "q": q.to(wide)}, count, sizes)
-        o, var, end = run(self.recurrence, self.structure, self.plan, inputs, state, offsets, scale, variance)
-        return self._result(o, var, end if final else None)
+        if offsets is None:
+            offsets = torch.arange(sizes["B"] + 1, device=q.device) * sizes["T"]
+        state = self._initial(initial, {**inputs, "q": q.to(wide)}, len(offsets) - 1, sizes)
+        return run(self.recurrence, self.structure, self.plan, inputs, state, offsets, scale, variance)
 
-    def _run(self, inputs: dict, state: tuple, scale: float, variance: bool):
+    def _torch(self, inputs: dict, sizes: dict, initial: Any, offsets: Any, variance: bool, scale: float):
+        """The chunk-parallel form or the token loop, in at least float32."""
+        dtype = inputs["q"].dtype
+        wide = torch.float64 if self.backend == "reference" or dtype == torch.float64 else torch.float32
+        inputs = {name: x.to(wide) for name, x in inputs.items()}
+        state = self._initial(initial, inputs, sizes["B"] if offsets is None else len(offsets) - 1, sizes)
+        if offsets is None:
+            o, var, final = self._schedule(inputs, state, scale, variance)
+        else:
+            o, var, final = self._packed(inputs, state, scale, variance, offsets.tolist())
+        return o.to(dtype), var.to(dtype) if variance else None, final
+
+    def _schedule(self, inputs: dict, state: tuple, scale: float, variance: bool):
         if self.backend != "reference" and self.plan.chunked:
             from .lower import parallel
 
@@ -157,7 +171,7 @@ class Op:
                 name: x if per[name] == "static" else x[:, start * step[per[name]] : stop * step[per[name]]]
                 for name, x in inputs.items()
             }
-            parts.append(self._run(cut, tuple(s[at : at + 1] for s in state), scale, variance))
+            parts.append(self._schedule(cut, tuple(s[at : at + 1] for s in state), scale, variance))
         o = torch.cat([p[0] for p in parts], 1)
         var = torch.cat([p[1] for p in parts], 1) if variance else None
         return o, var, tuple(torch.cat(column) for column in zip(*(p[2] for p in parts), strict=True))
@@ -293,20 +307,8 @@ class Op:
             if name in POSITIVE and (x <= 0).any():
                 raise UnifyError(f"{name} down to {x.min().item():g}", f"{name} divides", f"pass {name} > 0")
 
-    def _offsets(self, cu_seqlens: Any, sizes: dict) -> list[int] | None:
-        if cu_seqlens is None:
-            return None
-        works = self._check_offsets(cu_seqlens, sizes)
-        offsets = cu_seqlens.tolist()
-        if offsets[0] != 0 or offsets[-1] != sizes["T"] or any(b <= a for a, b in pairwise(offsets)):
-            raise UnifyError(
-                f"cu_seqlens={offsets if len(offsets) < 9 else '...'}",
-                f"the offsets do not cut T = {sizes['T']} into sequences",
-                works,
-            )
-        return offsets
-
-    def _check_offsets(self, cu_seqlens: Any, sizes: dict) -> str:
+    def _offsets(self, cu_seqlens: Any, sizes: dict, q: Any, traced: bool):
+        """The caller's offsets, checked, as int64 beside q; their values only where a look costs nothing or is needed."""
         works = f"pass an int64 tensor [0, ..., {sizes['T']}], strictly increasing"
         if (
             not torch.is_tensor(cu_seqlens)
@@ -323,13 +325,49 @@ class Op:
                 "packed sequences lie one after the other in one batch row",
                 "flatten to B = 1",
             )
-        return works
+        on_host = self._chosen(q) != "triton"
+        if on_host and traced:
+            raise UnifyError(
+                "cu_seqlens under torch.compile",
+                f"backend {self.backend!r} cuts the sequences apart by values a graph does not have",
+                "use backend='triton', or call it outside the compiled region",
+            )
+        if on_host or (q.device.type == "cpu" and not traced):
+            offsets = cu_seqlens.tolist()
+            if offsets[0] != 0 or offsets[-1] != sizes["T"] or any(b <= a for a, b in pairwise(offsets)):
+                raise UnifyError(
+                    f"cu_seqlens={offsets if len(offsets) < 9 else '...'}",
+                    f"the offsets do not cut T = {sizes['T']} into sequences",
+                    works,
+                )
+        return cu_seqlens.to(device=q.device, dtype=torch.int64)
 
     @property
     def brief(self) -> str:
         """The triple in one line, for messages."""
         p, a = self.triple.posterior, self.triple.architecture
         return f"forgetting {a.forgetting}, value {a.value}, curvature {p.curvature}, anchor {p.anchor}"
+
+
+class _Constant:
+    """An op inside a graph of torch.compile: a constant, and another op is another graph."""
+
+    def __init__(self, op: Op):
+        self.op = op
+
+    def __eq__(self, other):
+        return isinstance(other, _Constant) and self.op == other.op
+
+    def __hash__(self):
+        return hash((self.op.triple, self.op.backend, self.op.checked))
+
+
+_pytree.register_constant(_Constant)
+
+
+def _traced(constant: _Constant, inputs: dict, variance: bool, options: dict) -> tuple:
+    """A call whose Python torch.compile does not read: printed code and sympy are for AOT autograd, tensor by tensor."""
+    return constant.op._run(inputs, variance, True, **options)
 
 
 def _size(d) -> str:

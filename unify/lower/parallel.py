@@ -77,8 +77,8 @@ class Sequence:
             self.raw["k_raw"] = self.raw.pop("k")
         self.state = {s.name: x for s, x in zip(recurrence.states, state, strict=True)}
         self.final: dict[str, torch.Tensor] = {}
-        # a tensor, because a log decay may hold log(K)
-        size = torch.tensor(q.shape[-1], dtype=self.wide, device=q.device)
+        # a tensor, because a log decay may hold log(K); filled on the device, because a copy to it would wait
+        size = torch.full((), q.shape[-1], dtype=self.wide, device=q.device)
         self.known = {"scale": scale, "K": size, "V": self.width}
         self.small = {x.name: x for x in structure.autonomous if len(x.dims) < 2}
         self.program = {s.name: s for s in recurrence.steps}
@@ -103,9 +103,7 @@ class Sequence:
     def value(self, expr: sp.Expr, dims: tuple) -> torch.Tensor:
         """An expression at every token, [B, T, H, ...] or broadcastable to it."""
         result = eval(_code(sp.sympify(expr), dims), {"torch": torch}, self)
-        return (
-            result if torch.is_tensor(result) else torch.as_tensor(result, dtype=self.wide, device=self.raw["q"].device)
-        )
+        return result if torch.is_tensor(result) else self.raw["q"].new_full((), result, dtype=self.wide)
 
     def full(self, expr: sp.Expr, dims: tuple) -> torch.Tensor:
         """The same, expanded to [B, T, H, *channels]."""
