@@ -11,6 +11,12 @@ def sign(x):
 
 
 @triton.jit
+def square(x):
+    """x ** 2."""
+    return x * x
+
+
+@triton.jit
 def power(base, exponent):
     """base ** exponent for base >= 0, with 0 ** exponent = 0 (1 where the exponent is 0)."""
     safe = tl.where(base > 0, base, 1.0)

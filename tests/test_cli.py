@@ -133,6 +133,9 @@ def test_show_palimpsa():
         assert row in page
     assert "def step(q, k, v, g, importance, prior_precision, M, Ibar" in page
     assert "def step" not in unify("show", "palimpsa")
+    page = unify("show", "palimpsa", "--kernel")
+    assert "def step_adjoint(" in page
+    assert "M_new = M_p + k[:, None] * v[None, :]" in page
 
 
 @pytest.mark.parametrize("name", ["palimpsa", "mesanet", "gated_deltaproduct", "kla"])

@@ -156,7 +156,7 @@ def test_a_constant_where_a_vector_is_expected(small):
 
 def test_leaves_read_like_the_equations():
     text = leaves(compile(get("palimpsa").triple).recurrence)
-    assert "# M_new[j, i] = M_p[j, i] + k[j]*v[i]\n    M_new = k[:, None] * v[None, :] + M_p" in text
+    assert "# observe: M_new[j, i] = M_p[j, i] + k[j]*v[i]\n    M_new = M_p + k[:, None] * v[None, :]" in text
 
 
 def test_a_full_precision_per_row_is_refused_with_a_way_out():

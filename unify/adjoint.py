@@ -96,7 +96,7 @@ _FRESH = {j: a, l: h, i: r}
 def _spread(scalar: sp.Expr, read: set, total: dict) -> None:
     """Add d scalar / d x to the adjoint of every array x that is read."""
     shapes = {}
-    for x in read:
+    for x in sorted(read, key=str):  # a set has another order in each process, and the printed file a name by content
         shapes.setdefault(name_of(x), x.indices if isinstance(x, sp.Indexed) else ())
     for name, where in shapes.items():
         if name == "scale":

@@ -191,6 +191,7 @@ def show_model(
     latex: Latex = False,
     as_json: Json = False,
     source: Annotated[bool, typer.Option("--source", help="Also the Python source of one token's step.")] = False,
+    kernel: Annotated[bool, typer.Option("--kernel", help="Also its Triton source, forward and backward.")] = False,
 ) -> None:
     """Show every stage of a model: triple, free energy, equations, structure, plan, cost."""
     from . import show
@@ -204,7 +205,7 @@ def show_model(
     elif latex:
         typer.echo(show.document(found))
     else:
-        _console().print(show.view(found, source=source, width=_width()))
+        _console().print(show.view(found, source=source, kernel=kernel, width=_width()))
 
 
 @app.command()

@@ -119,7 +119,8 @@ _FIRST = ("eps", "scale", "alpha", "beta", "importance", "gain", "ridge", "mix",
 _KEYS = ("q", "bonus", "erase", "k", "a", "b", "p", "x")
 
 
-def _factor_order(x: sp.Expr) -> tuple:
+def factor_order(x: sp.Expr) -> tuple:
+    """Where a factor stands in a product: numbers and gates, keys, values, states; contractions last."""
     base = x.base if isinstance(x, sp.Pow) else x
     names = {name_of(y) for y in x.atoms(sp.Indexed)}
     if isinstance(base, sp.Sum):
@@ -149,7 +150,7 @@ def _factor_order(x: sp.Expr) -> tuple:
     return 1, False, 0, str(x)
 
 
-def _term_order(x: sp.Expr) -> tuple:
+def term_order(x: sp.Expr) -> tuple:
     """What was there before what is added; numbers lead, but a negative one closes."""
     names = {_split(name_of(y))[0] for y in x.atoms(sp.Indexed)} - {"prior_precision"}
     minus = x.could_extract_minus_sign()
@@ -172,7 +173,7 @@ class _Writer:
         return self.add(sp.sympify(expr))
 
     def add(self, expr: sp.Expr) -> str:
-        terms = sorted(sp.Add.make_args(expr), key=_term_order)
+        terms = sorted(sp.Add.make_args(expr), key=term_order)
         out = ""
         for n, term in enumerate(terms):
             negative = term.could_extract_minus_sign()
@@ -188,8 +189,8 @@ class _Writer:
         for x in sp.Mul.make_args(rest):
             under = isinstance(x, sp.Pow) and x.exp.is_number and x.exp.is_negative
             (bottom if under else top).append(1 / x if under else x)
-        top = sorted((x for x in top if x != 1), key=_factor_order)
-        return self.quotient(number, top, sorted(bottom, key=_factor_order))
+        top = sorted((x for x in top if x != 1), key=factor_order)
+        return self.quotient(number, top, sorted(bottom, key=factor_order))
 
     def quotient(self, number: sp.Expr, top: list, bottom: list) -> str:
         """number * top / bottom on one line."""

@@ -287,24 +287,29 @@ BELIEF = "q is Normal(m, Ψ) for each value channel i, p₀ is Normal(μ₀, 1 /
 # --- the terminal -----------------------------------------------------------------------------------------------------
 
 
-def view(model: Model, *, source: bool = False, width: int = WIDTH) -> Group:
-    """All stages of a model, for a terminal of `width` cells."""
+def view(model: Model, *, source: bool = False, kernel: bool = False, width: int = WIDTH) -> Group:
+    """All stages of a model, for a terminal of `width` cells; source: with the step in torch; kernel: with that in Triton."""
     s = Stages(model)
     parts = [_title(model), *_section("Triple", _triple_table(s.triple)), *_section("Free energy", *_energy(s, width))]
     parts += _section("Recurrence", *_recurrence(s.recurrence, width))
     parts += _section("Structure and plan", _facts(s))
-    if source:
-        parts += _section(
-            "Source of one token's step",
-            Syntax(_source(s.recurrence), "python", theme="ansi_dark", background_color="default", word_wrap=True),
-        )
+    wanted = (
+        ("Source of one token's step", "torch", source),
+        ("Triton kernel of one token, and back", "triton", kernel),
+    )
+    for title, backend, shown in wanted:
+        if shown:
+            text = _source(s.triple, backend)
+            parts += _section(
+                title, Syntax(text, "python", theme="ansi_dark", background_color="default", word_wrap=True)
+            )
     return Group(*parts)
 
 
-def _source(recurrence: Recurrence) -> str:
-    from .lower.torch import source
+def _source(triple: Triple, backend: str) -> str:
+    from .op import compile
 
-    return source(recurrence).rstrip()
+    return compile(triple, backend).source.rstrip()
 
 
 def _title(model: Model) -> Group:
@@ -529,7 +534,7 @@ def record(model: Model) -> dict:
         "why": s.plan.why,
         "micro_steps": s.plan.micro,
         "flops": str(r.cost()["flops"]),
-        "source": _source(r),
+        "source": _source(model.triple, "torch"),
     }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sympy as sp
 
+from unify.notation import factor_order, term_order
 from unify.recurrence import Assign
 from unify.symbols import SIZE, V, i, j, l, name_of
 
@@ -19,6 +20,11 @@ def indices(expr: sp.Expr) -> tuple[sp.Symbol, ...]:
     """Free channel indices of an expression in the layout's order: key channels before value channels."""
     free = expr.free_symbols & SIZE.keys()
     return tuple(sorted(free, key=lambda s: (SIZE[s] == V, ORDER.index(s) if s in ORDER else 9, str(s))))
+
+
+def _rank(factor: sp.Expr) -> tuple:
+    """A product's order: what has few channels first, so that little is computed often; then as it is read."""
+    return len(indices(factor)), *factor_order(factor)
 
 
 class TorchPrinter:
@@ -48,7 +54,7 @@ class TorchPrinter:
         return f"{self.functions[expr.func]}({self.code(expr.args[0], dims)})"
 
     def _sum(self, expr: sp.Add, dims: tuple) -> str:
-        terms = sorted(expr.args, key=lambda t: (t.could_extract_minus_sign(), -len(t.atoms(sp.Indexed)), str(t)))
+        terms = sorted(expr.args, key=term_order)
         text = self.code(terms[0], dims)
         for term in terms[1:]:
             minus = term.could_extract_minus_sign()
@@ -60,7 +66,7 @@ class TorchPrinter:
         if bottom != 1 and sp.Mul(top, 1 / bottom) != expr:
             top, bottom = expr, sp.S.One
         coefficient, rest = top.as_coeff_Mul()
-        factors = sorted((f for f in sp.Mul.make_args(rest) if f != 1), key=lambda f: (len(indices(f)), str(f)))
+        factors = sorted((f for f in sp.Mul.make_args(rest) if f != 1), key=_rank)
         parts = [self.code(abs(coefficient), dims)] if abs(coefficient) != 1 else []
         text = ("-" if coefficient < 0 else "") + (
             " * ".join([*parts, *(self._group(f, dims) for f in factors)]) or "1"

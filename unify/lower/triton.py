@@ -11,7 +11,10 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import re
 import sys
+import textwrap
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -38,7 +41,9 @@ class TritonPrinter(TorchPrinter):
         return f"tl.sqrt({text})"
 
     def whole(self, base: sp.Expr, power: sp.Integer, dims: tuple) -> str:
-        """A whole power as repeated products."""
+        """A whole power: by `square`, or as repeated products."""
+        if power == 2:
+            return f"square({self.code(base, dims)})"
         return (
             " * ".join([self._atom(base, dims)] * int(power))
             if power == 1
@@ -48,6 +53,10 @@ class TritonPrinter(TorchPrinter):
     def general(self, base: sp.Expr, power: sp.Expr, dims: tuple) -> str:
         """base ** power for a base >= 0 (0 ** power is 0)."""
         return f"power({self.code(base, dims)}, {self.code(power, dims)})"
+
+    def _atom(self, expr: sp.Expr, dims: tuple) -> str:
+        squared = isinstance(expr, sp.Pow) and expr.exp == 2  # a call needs no parentheses
+        return self.code(expr, dims) if squared else super()._atom(expr, dims)
 
     def layout(self, name: str, own: tuple, dims: tuple) -> str:
         """Place a vector or tile among the axes of a tile; scalars need no place."""
@@ -62,7 +71,7 @@ class TritonPrinter(TorchPrinter):
     def contraction(self, total: sp.Sum, dims: tuple) -> str:
         """Sum over an axis (over both, for a double sum) of the product's tile."""
         outside, inside = total.function.as_independent(*(x[0] for x in total.limits), as_Add=False)
-        inner = indices(inside)
+        inner = _axes(inside)
         text = self.code(inside, inner)
         bound = [x[0] for x in total.limits]
         for d in [x for x in inner if x in bound][::-1]:
@@ -84,6 +93,13 @@ class TritonPrinter(TorchPrinter):
                 "use backend='torch'",
             )
         return f"{step.name} = solve({self.code(step.solve, (j, l))}, {self.code(step.expr, (j,))}, BK)"
+
+
+def _axes(expr: sp.Expr) -> tuple[sp.Symbol, ...]:
+    """The axes of a tile to be summed: as its matrices have them, where they agree, so that none is transposed."""
+    axes = indices(expr)
+    own = {x.indices for x in expr.atoms(sp.Indexed) if len(set(x.indices)) == 2}
+    return own.pop() if len(own) == 1 and len(axes) == 2 and set(axes) == set(next(iter(own))) else axes
 
 
 @dataclass(frozen=True)
@@ -186,45 +202,81 @@ _HEAD = '''"""Printed by unify from a recurrence; do not edit.
 import triton
 import triton.language as tl
 
-from unify.kernels.tile import power, sign, solve'''
+from unify.kernels.tile import power, sign, solve, square'''
 
 
 def _comment(text: str) -> str:
     return "\n".join(line.rstrip() for line in text.splitlines())
 
 
+WIDTH = 120  # of a printed line
+
+
 def _lines(steps, printer: TritonPrinter) -> list[str]:
+    """Assignments, each under its equation; the forward ones say which phase of the token they belong to."""
     out = []
     for s in steps:
-        out += [f"    # {s}", f"    {printer.assignment(s)}"]
+        phase = "" if s.phase == "adjoint" else f"{s.phase}: "
+        out += [*_wrap(f"{phase}{s}", "    # ", "    #     "), *_broken(printer.assignment(s))]
     return out
+
+
+def _wrap(text: str, first: str, rest: str) -> list[str]:
+    """Lines of at most WIDTH, broken at spaces, but not between an array's indices or before an annotation."""
+    tied = re.sub(r"(?<=[,:]) (?=[^\[\]]*\]|tl)", "\xa0", text)
+    lines = textwrap.wrap(
+        tied, WIDTH, initial_indent=first, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False
+    )
+    return [line.replace("\xa0", " ") for line in lines]
+
+
+def _broken(line: str) -> list[str]:
+    """An assignment, broken before each of its terms where it is too long."""
+    name, text = line.split(" = ", 1)
+    if len(line) + 4 <= WIDTH:
+        return [f"    {line}"]
+    depth, at, terms = 0, 0, []
+    for n, letter in enumerate(text):
+        depth += (letter in "([") - (letter in ")]")
+        if depth == 0 and text[n : n + 3] in (" + ", " - "):
+            terms.append(text[at:n])
+            at = n + 1
+    return [f"    {name} = (", *(f"        {term}" for term in [*terms, text[at:]]), "    )"]
+
+
+def _signature(name: str, arguments: Iterable[str], doc: str) -> list[str]:
+    inside = ", ".join([*arguments, "scale", "K", "BK: tl.constexpr"])
+    line = f"def {name}({inside}):"
+    head = [line] if len(line) <= WIDTH else [f"def {name}(", *_wrap(f"{inside},", "    ", "    "), "):"]
+    return ["@triton.jit", *head, f'    """{doc}"""']
+
+
+def _eye(steps) -> list[str]:
+    """The unit matrix, where one of the assignments needs it."""
+    if any(s.expr.has(sp.KroneckerDelta) or s.solve is not None for s in steps):
+        return ["    eye = (tl.arange(0, BK)[:, None] == tl.arange(0, BK)[None, :]).to(q.dtype)"]
+    return []
 
 
 def _step(recurrence: Recurrence, inputs: tuple, states: tuple) -> str:
     """The forward leaf: one token of one head."""
-    names = ", ".join([*(x.name for x in inputs), *(s.name for s in states)])
+    names = [*(x.name for x in inputs), *(s.name for s in states)]
     new = ", ".join(name for _, name in recurrence.updates)
-    head = ["@triton.jit", f"def step({names}, scale, K, BK: tl.constexpr):"]
-    if any(s.expr.has(sp.KroneckerDelta) or s.solve is not None for s in recurrence.steps):
-        head.append("    eye = (tl.arange(0, BK)[:, None] == tl.arange(0, BK)[None, :]).to(q.dtype)")
-    return "\n".join([*head, *_lines(recurrence.steps, TritonPrinter()), f"    return o, variance, {new}"])
+    doc = "One token of one head: the read-out, its variance and the state after the token."
+    body = [*_eye(recurrence.steps), *_lines(recurrence.steps, TritonPrinter()), f"    return o, variance, {new}"]
+    return "\n".join([*_signature("step", names, doc), *body])
 
 
 def _adjoint(recurrence: Recurrence, back: Adjoint, inputs: tuple, states: tuple, graded: tuple) -> str:
     """The backward leaf: recomputes the token from its previous state, then runs the adjoint assignments."""
     outside = [f"d_{n}" for n in ("o", "variance")] + [f"d_{new}" for _, new in recurrence.updates]
-    names = ", ".join([*(x.name for x in inputs), *(s.name for s in states), *outside])
-    ends = dict(back.inputs)
-    results = ", ".join(
-        [*(ends[n] for n in graded), *(ends.get(s.name, f"d_{dict(recurrence.updates)[s.name]} * 0") for s in states)]
-    )
-    head = ["@triton.jit", f"def step_adjoint({names}, scale, K, BK: tl.constexpr):"]
-    if any(s.expr.has(sp.KroneckerDelta) or s.solve is not None for s in (*recurrence.steps, *back.steps)):
-        head.append("    eye = (tl.arange(0, BK)[:, None] == tl.arange(0, BK)[None, :]).to(q.dtype)")
+    names = [*(x.name for x in inputs), *(s.name for s in states), *outside]
+    ends, new = dict(back.inputs), dict(recurrence.updates)
+    results = ", ".join([*(ends[n] for n in graded), *(ends.get(s.name, f"d_{new[s.name]} * 0") for s in states)])
+    doc = "The token again from the state before it, then back through it: d_x is the loss's gradient by x."
     forward = [s for s in recurrence.steps if s.name not in ("o", "variance")]
-    return "\n".join(
-        [*head, *_lines(forward, TritonPrinter()), *_lines(back.steps, TritonPrinter()), f"    return {results}"]
-    )
+    body = [*_eye((*recurrence.steps, *back.steps)), *_lines([*forward, *back.steps], TritonPrinter())]
+    return "\n".join([*_signature("step_adjoint", names, doc), *body, f"    return {results}"])
 
 
 # -- the kernels around the leaves --------------------------------------------------------------------------------------
