@@ -169,14 +169,6 @@ def test_bonus_needs_a_read_before():
         elementwise(*(x[name] for name in NAMES[:8]), offsets, scale=1.0, bonus=x["bonus"])
 
 
-def test_is_a_proper_operator(small):
-    x, offsets = case((3,), 1, 2, 3)
-    leaves = [x[name].requires_grad_() for name in NAMES[:6]]
-    states = [x[name].requires_grad_() for name in ("M0", "I0")]
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(kernels._op, (*leaves, None, None, *states, offsets, 1.0, False, True), test_utils=checks)
-
-
 REAL = {
     "lengths of 1, 63, 64, 65 and a model's sizes": ((1, 63, 64, 65), 2, 96, 192, {}),
     "many chunks": ((700,), 1, 48, 48, {}),

@@ -160,13 +160,6 @@ def test_slots_hold_the_chunks_of_any_packing():
         assert (first[:-1] + -(-lengths // chunk.C) <= first[1:]).all()
 
 
-@pytest.mark.parametrize("channels", [False, True], ids=["head", "channel"])
-def test_operators_are_registered_soundly(channels):
-    x = [y.requires_grad_() for y in case([0, 3, 8], 1, 1, 4, 4, torch.float32, channels)]
-    at = torch.tensor([0, 3, 8])
-    torch.library.opcheck(torch.ops.unify.linear.default, (*x, at, SCALE, False))
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["mixed", "weak"])
 @pytest.mark.parametrize("before", [False, True], ids=["after", "before"])

@@ -146,19 +146,6 @@ def test_planted_error_is_seen(monkeypatch):
         compare([0, 65], 1, 1, 3, 2, torch.float64, False)
 
 
-@pytest.mark.parametrize("shared", [False, True], ids=["own keys", "one key"])
-def test_operators_are_registered_soundly(shared):
-    x = {n: y.requires_grad_() for n, y in case([0, 3, 8], 1, 1, 4, 4, torch.float32, False).items()}
-    if shared:
-        x["k"] = x["w"]
-    args = (*(x[n] for n in NAMES), torch.tensor([0, 3, 8]), SCALE, False, shared)
-    torch.library.opcheck(
-        torch.ops.unify.rank_one.default,
-        args,
-        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"),
-    )
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("shared", [False, True], ids=["own keys", "one key"])
 @pytest.mark.parametrize("before", [False, True], ids=["after", "before"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import namedtuple
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -180,7 +181,7 @@ class Op:
         if scale is None:
             scale = self.triple.architecture.scale
         if scale is None:
-            return sizes["K"] ** -0.5
+            return float(sizes["K"] ** -0.5)
         if isinstance(scale, bool) or not isinstance(scale, int | float) or not scale > 0:
             raise UnifyError(
                 f"scale={scale!r}",
@@ -367,7 +368,11 @@ _pytree.register_constant(_Constant)
 
 def _traced(constant: _Constant, inputs: dict, variance: bool, options: dict) -> tuple:
     """A call whose Python torch.compile does not read: printed code and sympy are for AOT autograd, tensor by tensor."""
-    return constant.op._run(inputs, variance, True, **options)
+    try:
+        return constant.op._run(inputs, variance, True, **options)
+    except UnifyError as error:  # dynamo raises an error of its own in its place
+        warnings.warn(str(error), stacklevel=2)
+        raise
 
 
 def _size(d) -> str:
