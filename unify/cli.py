@@ -344,17 +344,26 @@ def proofs(edges: tuple, progress: Callable[[str, int], None]) -> list[tuple[Any
 def verify(
     models: Annotated[list[str] | None, typer.Argument(metavar="MODEL", help="Names (unify list).")] = None,
     everything: All = False,
+    device: Annotated[
+        str | None,
+        typer.Option("--device", metavar="D", help="Also the Triton kernels on cuda, or interpreted on cpu."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Check models against everything known about them; the worst error of each check."""
     names = _names(models, everything)
+    if device is not None:
+        from .device import usable, versions
+
+        usable(device)
     from .verify import verify as check
     from .views import verification_table
 
     results = []
     with _progress("verifying", len(names)) as tick:
         for n, name in enumerate(names):
-            results.append(check(name, progress=lambda part, name=name, n=n: tick(f"{name}: {part}", n)))
+            say = lambda part, name=name, n=n: tick(f"{name}: {part}", n)  # noqa: E731
+            results.append(check(name, device=device, progress=say))
     failed = [(result.model, row) for result in results for row in result.rows if not row.passed]
     if as_json:
         _dump([{**asdict(result), "passed": result.passed} for result in results])
@@ -363,9 +372,9 @@ def verify(
         console.print(verification_table(results))
         for model, row in failed:
             console.print(f"✗ {model}, {row.name}: {row.note}", style="red", markup=False)
-        console.print(
-            "\nWorst relative errors, in float64. " + ("A check failed." if failed else "Every check passed.")
-        )
+        where = "" if device is None else f" but for the Triton backend's ({versions(device)})"
+        outcome = "A check failed." if failed else "Every check passed."
+        console.print(f"\nWorst relative errors, in float64{where}. {outcome}")
     if failed:
         raise typer.Exit(1)
 

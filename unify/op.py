@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 BACKENDS = ("auto", "torch", "triton", "reference")
 POSITIVE = ("prior_precision", "temperature")
 NOT_NEGATIVE = ("beta", "importance", "erase", "noise", "ridge", "gain")
+GATES = ("g", "g_importance", *POSITIVE, *NOT_NEGATIVE)  # what decides about other numbers: keep it in float32
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,9 @@ class Verification:
         return "\n".join([self.model, *(f"  {row}" for row in self.rows)])
 
 
-def verify(model: str | Triple, *, seed: int = 0, progress: Callable[[str], None] | None = None) -> Verification:
+def verify(
+    model: str | Triple, *, seed: int = 0, device: str | None = None, progress: Callable[[str], None] | None = None
+) -> Verification:
     """Check one model, or a triple of your own.
 
     derivation  the update makes the free energy stationary, in exact arithmetic, and its Hessian positive definite
@@ -68,8 +70,10 @@ def verify(model: str | Triple, *, seed: int = 0, progress: Callable[[str], None
     gradients   autograd of both forms against finite differences: every argument, initial state and the variance
 
     seed: of the random inputs. progress: called with each check's name before it starts.
-    Returns the checks; a failed one is a row, not an exception. Raises UnifyError if the zoo has no such model, or the
-    triple has no recurrence.
+    device: "cuda", or "cpu" for Triton's interpreter and tiny sizes: adds the rows of `device.checks`, fp32, bf16,
+        parts and repeat, for the Triton backend there.
+    Returns the checks; a failed one is a row, not an exception. Raises UnifyError if the zoo has no such model, the
+    triple has no recurrence, or the device is not there.
     """
     from .models import zoo
 
@@ -83,6 +87,10 @@ def verify(model: str | Triple, *, seed: int = 0, progress: Callable[[str], None
         "split": lambda: _split(fast, seed),
         "gradients": lambda: _gradients(loop, fast, seed),
     }
+    if device is not None:
+        from .device import checks as on_device
+
+        checks |= on_device(loop, compile(triple, "triton"), device, seed)
     rows = []
     for title, check in checks.items():
         if progress is not None:
@@ -92,13 +100,19 @@ def verify(model: str | Triple, *, seed: int = 0, progress: Callable[[str], None
 
 
 def verify_all(
-    models: Iterable[str] | None = None, *, seed: int = 0, progress: Callable[[str], None] | None = None
+    models: Iterable[str] | None = None,
+    *,
+    seed: int = 0,
+    device: str | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> tuple[Verification, ...]:
-    """Verify several models, the whole zoo by default. progress: called with "model: check"."""
+    """Verify several models, the whole zoo by default, as `verify` does. progress: called with "model: check"."""
     from .models import zoo
 
     say = progress or (lambda _: None)
-    return tuple(verify(m, seed=seed, progress=lambda check, m=m: say(f"{m}: {check}")) for m in models or zoo.ZOO)
+    return tuple(
+        verify(m, seed=seed, device=device, progress=lambda check, m=m: say(f"{m}: {check}")) for m in models or zoo.ZOO
+    )
 
 
 def _timed(name: str, check: Callable[[], tuple[float | None, str]]) -> Check:
@@ -107,6 +121,10 @@ def _timed(name: str, check: Callable[[], tuple[float | None, str]]) -> Check:
         (error, note), passed = check(), True
     except (AssertionError, UnifyError) as failure:
         error, note, passed = None, str(failure), False
+    except (
+        Exception
+    ) as failure:  # a kernel that does not compile or launch is a row too: the others still say something
+        error, note, passed = None, f"{type(failure).__name__}: {failure}", False
     return Check(name, error, passed, perf_counter() - start, note)
 
 
@@ -133,12 +151,12 @@ def _chunked(loop: Op, fast: Op, seed: int) -> tuple[float | None, str]:
     for gates, length in (("mixed", 70), ("weak", 33), ("strong", 9)):
         x = random_inputs(loop, seed, B=1, T=length, H=2, K=4, V=3, gates=gates)
         start = random_state(loop, x, seed)
-        slow, quick = (_everything(op, x, initial_state=start) for op in (loop, fast))
+        slow, quick = (everything(op, x, initial_state=start) for op in (loop, fast))
         errors += [assert_close(quick[key], slow[key], 1e-9, f"{key} ({gates} gates)") for key in slow]
     return max(errors), fast.plan.family
 
 
-def _everything(op: Op, x: dict[str, Tensor], **options) -> dict[str, Tensor]:
+def everything(op: Op, x: dict[str, Tensor], **options) -> dict[str, Tensor]:
     """All that a call returns, by name."""
     o, var, final = op(**x, return_variance=True, output_final_state=True, **options)
     return {"o": o, "variance": var, **final._asdict()}
@@ -154,9 +172,9 @@ def tokens(op: Op, x: dict[str, Tensor], start: int, stop: int) -> dict[str, Ten
 
 def _split(op: Op, seed: int, length: int = 20, prefill: int = 13) -> tuple[float, str]:
     x = random_inputs(op, seed, B=1, T=length, K=4, V=3)
-    whole, state, parts = _everything(op, x), None, []
+    whole, state, parts = everything(op, x), None, []
     for start, stop in [(0, prefill), *((t, t + 1) for t in range(prefill, length))]:
-        parts.append(_everything(op, tokens(op, x, start, stop), initial_state=state))
+        parts.append(everything(op, tokens(op, x, start, stop), initial_state=state))
         state = tuple(parts[-1][name] for name in op.state_type._fields)
     errors = [
         assert_close(torch.cat([p[key] for p in parts], 1), whole[key], 1e-9, f"{key} in parts")
@@ -164,8 +182,8 @@ def _split(op: Op, seed: int, length: int = 20, prefill: int = 13) -> tuple[floa
     ]
     errors += [assert_close(parts[-1][key], whole[key], 1e-9, f"{key} in parts") for key in op.state_type._fields]
 
-    packed = _everything(op, x, cu_seqlens=torch.tensor([0, 1, prefill, length]))
-    alone = [_everything(op, tokens(op, x, *ends)) for ends in ((0, 1), (1, prefill), (prefill, length))]
+    packed = everything(op, x, cu_seqlens=torch.tensor([0, 1, prefill, length]))
+    alone = [everything(op, tokens(op, x, *ends)) for ends in ((0, 1), (1, prefill), (prefill, length))]
     for key, found in packed.items():
         want = torch.cat([part[key] for part in alone], 1 if key in ("o", "variance") else 0)
         errors.append(assert_close(found, want, 1e-9, f"{key} packed"))
