@@ -23,9 +23,12 @@ test: lint ## style and every test that needs no GPU
 	@echo "==> running the tests in $(WORKERS) processes"
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) -m "not gpu"
 
-test-gpu: $(READY) ## the tests that need a GPU
+test-gpu: $(READY) ## the tests that need a GPU, then every model on it
+	@$(BIN)/unify verify linear_attention --device cuda
 	@echo "==> running the GPU tests"
 	@$(BIN)/pytest -m gpu
+	@echo "==> every model on the GPU"
+	@$(BIN)/unify verify --all --device cuda
 
 lint: $(READY) ## check style and formatting
 	@echo "==> checking style and formatting with ruff"

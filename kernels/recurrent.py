@@ -89,7 +89,7 @@ def recurrent(
     var = torch.empty_like(o) if variance else o.new_empty(0)
     ends = at.per_state(at.N, at.H)
     kept = at.per_state(_mark_count(at.tokens, at.N) if marks else 0, at.H)
-    buffers = (*ends, *kept, o, var, offsets, _marks_at(offsets))
+    buffers = (*ends, *kept, o, var, offsets, _marks_at(offsets) if marks else offsets)  # decoding launches one kernel
     sizes = (scale, at.H, at.K, at.V, EVERY)
     start = (x.contiguous() for x in state)
     at.code.forward[at.grid](

@@ -138,8 +138,8 @@ class Op:
         q = inputs["q"]
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         if offsets is None:
-            offsets = torch.arange(sizes["B"] + 1, device=q.device) * sizes["T"]
-        state = self._initial(initial, {**inputs, "q": q.to(wide)}, len(offsets) - 1, sizes)
+            offsets = torch.arange(0, sizes["B"] * sizes["T"] + 1, sizes["T"], device=q.device)
+        state = self._initial(initial, inputs, len(offsets) - 1, sizes, wide)
         return run(self.recurrence, self.structure, self.plan, inputs, state, offsets, scale, variance)
 
     def _torch(self, inputs: dict, sizes: dict, initial: Any, offsets: Any, variance: bool, scale: float):
@@ -147,7 +147,7 @@ class Op:
         dtype = inputs["q"].dtype
         wide = torch.float64 if self.backend == "reference" or dtype == torch.float64 else torch.float32
         inputs = {name: x.to(wide) for name, x in inputs.items()}
-        state = self._initial(initial, inputs, sizes["B"] if offsets is None else len(offsets) - 1, sizes)
+        state = self._initial(initial, inputs, sizes["B"] if offsets is None else len(offsets) - 1, sizes, wide)
         if offsets is None:
             o, var, final = self._schedule(inputs, state, scale, variance)
         else:
@@ -191,7 +191,7 @@ class Op:
             )
         return float(scale)
 
-    def _initial(self, given: Any, inputs: dict, count: int, sizes: dict) -> tuple:
+    def _initial(self, given: Any, inputs: dict, count: int, sizes: dict, dtype: torch.dtype) -> tuple:
         """The caller's state, checked, or what the recurrence starts from."""
         q, states = inputs["q"], self.recurrence.states
         if isinstance(given, dict):
@@ -206,7 +206,7 @@ class Op:
         for n, s in enumerate(states):
             want = (count, sizes["H"], *(sizes[_size(d)] for d in s.dims))
             if given is None:
-                out.append(_start(s, inputs, sizes, self.recurrence).to(q.dtype).expand(want))
+                out.append(_start(s, inputs, sizes, dtype).expand(want))
                 continue
             x = given[n]
             if not torch.is_tensor(x) or tuple(x.shape) != want or not x.is_floating_point():
@@ -218,7 +218,7 @@ class Op:
                 )
             if x.device != q.device:
                 raise UnifyError(f"initial_state.{s.name} on {x.device}", f"q is on {q.device}", "move it there")
-            out.append(x.to(q.dtype))
+            out.append(x.to(dtype))
         return tuple(out)
 
     def _by_name(self, given: dict) -> tuple:
@@ -382,14 +382,14 @@ def _size(d) -> str:
     return str(SIZE[d])
 
 
-def _start(state, inputs: dict, sizes: dict, recurrence: Recurrence):
+def _start(state, inputs: dict, sizes: dict, dtype: torch.dtype):
     """A state before the first token: 0, 1, or an argument of the prior's."""
-    q = inputs["q"]
     if state.initial.is_number:
-        return torch.full([sizes[_size(d)] for d in state.dims], float(state.initial), dtype=q.dtype, device=q.device)
+        shape = [sizes[_size(d)] for d in state.dims]
+        return inputs["q"].new_full(shape, float(state.initial), dtype=dtype)
     from .lower.printer import code
 
-    return eval(code(state.initial, state.dims), {"torch": torch, **inputs})
+    return eval(code(state.initial, state.dims), {"torch": torch, **inputs}).to(dtype)
 
 
 @lru_cache(maxsize=512)

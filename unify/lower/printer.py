@@ -62,16 +62,20 @@ class TorchPrinter:
         return text
 
     def _product(self, expr: sp.Mul, dims: tuple) -> str:
-        top, bottom = expr.as_numer_denom()
-        if bottom != 1 and sp.Mul(top, 1 / bottom) != expr:
-            top, bottom = expr, sp.S.One
-        coefficient, rest = top.as_coeff_Mul()
-        factors = sorted((f for f in sp.Mul.make_args(rest) if f != 1), key=_rank)
-        parts = [self.code(abs(coefficient), dims)] if abs(coefficient) != 1 else []
-        text = ("-" if coefficient < 0 else "") + (
-            " * ".join([*parts, *(self._group(f, dims) for f in factors)]) or "1"
-        )
-        return text if bottom == 1 else f"{text} / {self._atom(bottom, dims)}"
+        coefficient, rest = expr.as_coeff_Mul()
+        number, below = (coefficient.p, coefficient.q) if coefficient.is_Rational else (coefficient, 1)
+        top, bottom = [], [sp.Integer(below)]
+        for x in sp.Mul.make_args(rest):
+            under = isinstance(x, sp.Pow) and x.exp.is_Rational and x.exp < 0
+            (bottom if under else top).append(1 / x if under else x)
+        parts = [self.code(abs(number), dims)] if abs(number) != 1 else []
+        parts += [self._group(x, dims) for x in sorted(top, key=_rank) if x != 1]
+        text = ("-" if number < 0 else "") + (" * ".join(parts) or "1")
+        bottom = sorted((x for x in bottom if x != 1), key=_rank)
+        if not bottom:
+            return text
+        below = " * ".join(self._group(x, dims) for x in bottom)
+        return f"{text} / ({below})" if len(bottom) > 1 else f"{text} / {self._atom(bottom[0], dims)}"
 
     def _power(self, expr: sp.Pow, dims: tuple) -> str:
         base, power = expr.args

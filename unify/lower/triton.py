@@ -241,6 +241,8 @@ def _broken(line: str) -> list[str]:
         if depth == 0 and text[n : n + 3] in (" + ", " - "):
             terms.append(text[at:n])
             at = n + 1
+    if not terms:
+        return [f"    {line}"]
     return [f"    {name} = (", *(f"        {term}" for term in [*terms, text[at:]]), "    )"]
 
 
