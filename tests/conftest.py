@@ -3,6 +3,7 @@
 HYPOTHESIS_PROFILE=thorough draws many more examples, at random; the default draws the same few every time.
 """
 
+import importlib.util
 import os
 import sys
 
@@ -27,6 +28,14 @@ CHECKED = (
 if early := [name for name in CHECKED if name in sys.modules]:
     raise RuntimeError(f"{', '.join(early)} was imported before its signatures could be checked")
 install_import_hook(CHECKED, "beartype.beartype")
+
+
+def pytest_report_header():
+    """What the numbers of this run are numbers of."""
+    triton = importlib.util.find_spec("triton") and importlib.import_module("triton").__version__
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU, kernels interpreted"
+    return f"torch {torch.__version__}, Triton {triton}, {gpu}"
+
 
 SLOW = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
 settings.register_profile(

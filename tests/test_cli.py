@@ -374,6 +374,7 @@ def test_bench_refuses_to_time_a_wrong_result(short, monkeypatch):
         (["verify"], "say --all"),
         (["verify", "--all", "kda"], "name models or say --all"),
         (["verify", "nobody"], "the zoo has no such model"),
+        (["verify", "gla", "--device", "tpu"], "use cuda or cpu"),
         (["map", "-o", "map.gif"], "use .svg, .png or .pdf"),
         (["map", "-o", "no/such/folder/map.svg"], "name a place that you may write to"),
         (["recall", "no-such-file.txt"], "cannot be read"),

@@ -141,7 +141,8 @@ def run(op: Op, x: dict[str, Tensor], state: tuple, offsets: Tensor, seed: int) 
 
 
 def _weight(name: str, y: Tensor, rng: torch.Generator) -> Tensor:
-    return _symmetric(name, torch.randn(y.shape, generator=rng, dtype=torch.float64).to(y.device))
+    """What the loss multiplies an output by: the gradient that comes from outside, so exact in every dtype."""
+    return _symmetric(name, torch.randn(y.shape, generator=rng).bfloat16().to(y.device, torch.float64))
 
 
 def _symmetric(name: str, x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import namedtuple
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
@@ -99,7 +100,8 @@ class Op:
         scale: factor on the query; None is the architecture's, or K^-1/2.
         initial_state: one tensor [B, H, ...] per state ([N, H, ...] with N packed sequences), in `state_type`'s order.
         cu_seqlens: int64 offsets [N + 1] of packed sequences, with B = 1.
-        Returns o [B, T, H, V] in q's dtype; then the variance [B, T, H, V] if asked for; then the final state.
+        Returns o [B, T, H, V] in q's dtype; then the variance [B, T, H, V] if asked for; then the final state, at least
+        float32. Gates and precisions belong in float32 beside narrower q, k and v; autocast changes nothing in here.
         Raises UnifyError for an argument the triple does not use, a missing one, a wrong shape, dtype or value.
         """
         inputs = {"q": q, "k": k, "v": v, **gates}
@@ -127,7 +129,7 @@ class Op:
             self._check_values(inputs)
         offsets = None if cu_seqlens is None else self._offsets(cu_seqlens, sizes, inputs["q"], traced)
         run = self._triton if self._chosen(inputs["q"]) == "triton" else self._torch
-        with torch.autocast(device, enabled=False):  # the arguments' dtypes say what may be narrow, and sums never are
+        with _uncast(device):
             o, var, final = run(inputs, sizes, initial_state, offsets, variance, scale)
         return (o, var, *final) if variance else (o, *final)
 
@@ -365,6 +367,11 @@ class _Constant:
 
 
 _pytree.register_constant(_Constant)
+
+
+def _uncast(device: str):
+    """Autocast switched off, where there is such a thing: the arguments' dtypes say what may be narrow, and sums never are."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def _traced(constant: _Constant, inputs: dict, variance: bool, options: dict) -> tuple:
