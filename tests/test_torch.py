@@ -32,7 +32,8 @@ def graded(run, x, state):
     x = {n: y.detach().clone().requires_grad_() for n, y in x.items()}
     state = [y.detach().clone().requires_grad_() for y in state]
     out = run(x, tuple(state))
-    loss = sum((y * torch.linspace(-1, 1, y.numel(), device=y.device, dtype=y.dtype).view_as(y)).sum() for y in out)
+    weights = [torch.linspace(-1, 1, y.numel(), device=y.device).bfloat16().to(y.dtype).view_as(y) for y in out]
+    loss = sum((y * w).sum() for y, w in zip(out, weights, strict=True))
     return [*out, *torch.autograd.grad(loss, [*x.values(), *state], allow_unused=True)]
 
 
@@ -75,10 +76,11 @@ def test_every_model_is_one_graph_forward_and_backward(name, backend, monkeypatc
 @pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["mamba2", "palimpsa_key", "gated_deltanet"])
-def test_inductor(name, backend, device):
+@pytest.mark.parametrize("name", ["palimpsa_key", "gated_deltanet"])
+def test_inductor(name, backend, device, monkeypatch):
+    monkeypatch.setattr(launch, "SHORT", 1)
     dtype, rtol = (torch.float64, 1e-10) if device == "cpu" else (torch.float32, 1e-5)
-    op, x, state = case(name, backend, 40, device, dtype)
+    op, x, state = case(name, backend, 17, device, dtype)
     run = lambda x, state: everything(op, {n: y * 1 for n, y in x.items()}, state)  # noqa: E731
     same(graded(torch.compile(run, fullgraph=True), x, state), graded(run, x, state), rtol)
 
@@ -284,6 +286,8 @@ def library_cases():
     yield "elementwise", ops.elementwise, (q, k, v, b, g, prior, None, None, s0, I0, OFFSETS, 0.5, False, True)
     extra = normal(1, 3), positive(*keys)
     yield "elementwise bonus", ops.elementwise, (q, k, v, b, g, prior, *extra, s0, I0, OFFSETS, 0.5, True, True)
+    square = torch.eye(3).expand(2, 1, 3, 3).clone().requires_grad_()
+    yield "solve", ops.solve, (q, k, positive(1, 5, 1), g, positive(1, 3), square, OFFSETS, False, 8)
     yield "decayed sum", ops.decayed_sum, (log_decay(1, 5, 1, 1), k, normal(2, 1, 3), OFFSETS)
     op = compile(get("meta_gdn").triple, "triton")
     given = random_inputs(op, B=1, T=5, H=1, K=3, V=2, dtype=torch.float32)
@@ -291,7 +295,7 @@ def library_cases():
     yield "recurrent", ops.recurrent, (launch.prepared(op.recurrence).key, *arguments, OFFSETS, 0.5, True, True)
 
 
-@pytest.mark.parametrize("which", range(8))
+@pytest.mark.parametrize("which", range(9))
 def test_operators_are_registered_soundly(which):
     """Schema, fake tensors, autograd and dynamic shapes under AOT autograd."""
     name, op, arguments = list(library_cases())[which]
