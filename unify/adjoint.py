@@ -6,6 +6,7 @@ that solves the free energy. The result is again a list of assignments, so every
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -35,25 +36,33 @@ class Adjoint:
 @lru_cache(maxsize=256)
 def adjoint(recurrence: Recurrence, variance: bool = False) -> Adjoint:
     """Differentiate one token's program; with `variance`, through the predictive variance as well."""
-    dims = _shapes(recurrence)
+    dims = shapes(recurrence)
     outputs = [("o", (i,)), *([("variance", (i,))] if variance else [])]
     carried = [(new, dims[new]) for _, new in recurrence.updates]
     total: dict[str, sp.Expr] = {name: array(f"d_{name}", d) for name, d in (*outputs, *carried)}
-    steps: list[Assign] = []
-    for step in reversed(recurrence.steps):
-        if step.name not in total or (step.name == "variance" and not variance):
-            continue
-        bar = _emit(steps, step.name, step.dims, total.pop(step.name))
-        _back(step, bar, total, steps)
+    steps = reverse(recurrence.steps, total)
     ends = []
     for name, expr in total.items():
         if name in dims:
-            _emit(steps, name, dims[name], expr)
+            emit(steps, name, dims[name], expr)
             ends.append((name, f"d_{name}"))
     return Adjoint(tuple((f"d_{name}", d) for name, d in (*outputs, *carried)), tuple(steps), tuple(ends))
 
 
-def _shapes(recurrence: Recurrence) -> dict[str, tuple]:
+def reverse(program: Sequence[Assign], total: dict[str, sp.Expr]) -> list[Assign]:
+    """Differentiate a straight line from its last assignment to its first.
+
+    total: adjoints collected so far, by name; those of the program's own names are used up, those of what it reads added.
+    """
+    steps: list[Assign] = []
+    for step in reversed(program):
+        if step.name in total:
+            bar = emit(steps, step.name, step.dims, total.pop(step.name))
+            _back(step, bar, total, steps)
+    return steps
+
+
+def shapes(recurrence: Recurrence) -> dict[str, tuple]:
     """Channels of every name: assignments, states, arguments and their shares for repeated observations."""
     out = {s.name: s.dims for s in (*recurrence.steps, *recurrence.states)}
     for x in recurrence.inputs:
@@ -63,7 +72,7 @@ def _shapes(recurrence: Recurrence) -> dict[str, tuple]:
     return out | {"k_raw": (j,)}
 
 
-def _emit(steps: list[Assign], name: str, dims: tuple, expr: sp.Expr) -> sp.Expr:
+def emit(steps: list[Assign], name: str, dims: tuple, expr: sp.Expr) -> sp.Expr:
     """Name an adjoint, unless it is just what came from outside."""
     bar = array(f"d_{name}", dims)
     if expr != bar:

@@ -27,6 +27,24 @@ class Kernels:
     def __init__(self, offsets: Tensor, steps: int):
         self.offsets, self.steps = offsets, steps
 
+    def coefficients(self, seq):
+        """What one printed kernel computes of what is asked for, by name, and the last values of the small states it scans."""
+        from unify.kernels.coefficients import REGISTRY
+
+        from . import coefficients
+
+        printed = coefficients.module(seq.request)
+        if printed is None:
+            return {}, {}
+        if printed.key not in REGISTRY:
+            REGISTRY[printed.key] = (printed.load(), printed)
+        given = [seq.inputs[x.argument] for x in printed.inputs]
+        states, sizes = [seq.state[x.name] for x in printed.states], [*seq.shape, seq.width]
+        out = torch.ops.unify.coefficients(printed.key, given, states, self.offsets, seq["scale"], sizes, seq.dtype)
+        ready = dict(zip((x.name for x in printed.outputs), out, strict=False))
+        ends = out[len(printed.outputs) :]
+        return ready, dict(zip((x.name for x in printed.states), ends, strict=False))
+
     @cached_property
     def stretched(self) -> Tensor:
         """Offsets in steps of the mean state."""

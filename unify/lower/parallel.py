@@ -8,7 +8,8 @@ makes with one signature: `Chunked` (torch matmuls) and, in `launch`, Triton ker
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, lru_cache
 
 import sympy as sp
 import torch
@@ -24,8 +25,42 @@ from .printer import assignment, code
 from .torch import per_token
 
 
+@dataclass(frozen=True)
+class Coefficient:
+    """What a schedule asks for at every token: [B, T n, H, *dims] for the n steps of a token, one after the other.
+
+    exprs: one for each of the steps (a single one for what a token has once). factor: it goes into a matmul, so in the
+    caller's dtype; everything else is float32 (float64 for float64 arguments).
+    """
+
+    name: str
+    exprs: tuple[sp.Expr, ...]
+    dims: tuple[sp.Symbol, ...]
+    factor: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What the equations alone say about a run; one object for each plan, so that it is cheap to look up.
+
+    asked: coefficients by name. arguments: a coefficient that is nothing but an argument -> that argument. scaled: whether
+    the query still lacks the scale. shift: the prior mean that a mean state is carried without, or None.
+    """
+
+    recurrence: Recurrence
+    structure: Structure
+    asked: dict[str, Coefficient]
+    arguments: dict[str, str]
+    scaled: bool
+    shift: sp.Expr | None
+
+
 class Chunked:
     """The schedules on torch; every batch row is one sequence."""
+
+    def coefficients(self, seq):
+        """Coefficients and last small states that are computed together, ahead of the rest: none."""
+        return {}, {}
 
     def linear(self, q, k, v, g, s0, *, scale, before):
         """Decayed sum of outer products, read linearly."""
@@ -61,14 +96,14 @@ class Sequence:
 
     def __init__(
         self,
-        recurrence: Recurrence,
-        structure: Structure,
+        request: Request,
         inputs: Mapping[str, torch.Tensor],
         state: tuple,
         scale: float,
         schedule,
     ):
-        self.recurrence, self.structure, self.schedule = recurrence, structure, schedule
+        self.request, self.schedule = request, schedule
+        self.recurrence, self.structure = recurrence, structure = request.recurrence, request.structure
         q = inputs["q"]
         self.shape, self.width, self.dtype = q.shape, inputs["v"].shape[-1], q.dtype
         self.wide = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -76,12 +111,11 @@ class Sequence:
         if recurrence.triple.architecture.key == "tempered":
             self.raw["k_raw"] = self.raw.pop("k")
         self.state = {s.name: x for s, x in zip(recurrence.states, state, strict=True)}
-        self.final: dict[str, torch.Tensor] = {}
-        # a tensor, because a log decay may hold log(K); filled on the device, because a copy to it would wait
-        size = torch.full((), q.shape[-1], dtype=self.wide, device=q.device)
-        self.known = {"scale": scale, "K": size, "V": self.width}
+        self.inputs = inputs
+        self.known = {"scale": scale, "V": self.width}
         self.small = {x.name: x for x in structure.autonomous if len(x.dims) < 2}
         self.program = {s.name: s for s in recurrence.steps}
+        self.ready, self.final = schedule.coefficients(self)
 
     def __getitem__(self, name: str) -> torch.Tensor | float:
         if name not in self.known:
@@ -93,12 +127,38 @@ class Sequence:
             return self.raw[name].to(self.wide)
         if name in self.small:
             return self._scan(self.small[name])
+        if (
+            name == "K"
+        ):  # a tensor, because a log decay may hold log(K); filled on the device, because a copy would wait
+            return torch.full((), self.shape[-1], dtype=self.wide, device=self.raw["q"].device)
         step = self.program[name]  # a KeyError sends eval on to its globals
         return self.value(step.expr, step.dims)
 
     def get(self, name: str) -> torch.Tensor | None:
         """An argument, or None where the triple has no such one."""
         return self[name] if name in self.raw else None
+
+    def asks(self, name: str) -> bool:
+        """Whether a coefficient of that name is asked for."""
+        return name in self.request.asked
+
+    def lay(self, name: str) -> torch.Tensor:
+        """A coefficient that was asked for, [B, T n, H, *dims]."""
+        x = self.request.asked[name]
+        if name in self.ready:
+            found = self.ready[name]
+            found = found if found.ndim == 3 + len(x.dims) else found[..., None]
+            return found.expand(-1, -1, -1, *self.sizes(x.dims))
+        if name in self.request.arguments:
+            whole = self.inputs[self.request.arguments[name]]
+            return whole if x.factor else whole.to(self.wide)
+        parts = [self.full(y, x.dims) for y in x.exprs]
+        parts = [y.to(self.dtype) for y in parts] if x.factor else parts
+        return parts[0] if len(parts) == 1 else torch.stack(parts, 2).flatten(1, 2)
+
+    def sizes(self, dims: tuple) -> list[int]:
+        """Channels as numbers."""
+        return [{j: self.shape[-1], l: self.shape[-1], i: self.width}[d] for d in dims]
 
     def value(self, expr: sp.Expr, dims: tuple) -> torch.Tensor:
         """An expression at every token, [B, T, H, ...] or broadcastable to it."""
@@ -107,18 +167,7 @@ class Sequence:
 
     def full(self, expr: sp.Expr, dims: tuple) -> torch.Tensor:
         """The same, expanded to [B, T, H, *channels]."""
-        size = [{j: self.shape[-1], l: self.shape[-1], i: self.width}[d] for d in dims]
-        return self.value(expr, dims).expand(*self.shape[:3], *size)
-
-    def factor(self, expr: sp.Expr, dims: tuple) -> torch.Tensor:
-        """A factor of a matmul, in the caller's dtype; a bare argument is handed on as it is."""
-        if isinstance(expr, sp.Indexed) and expr.indices == dims and name_of(expr) in self.raw:
-            return self.raw[name_of(expr)]
-        return self.full(expr, dims).to(self.dtype)
-
-    def log_decay(self, decay: sp.Expr, dims: tuple) -> torch.Tensor:
-        """log of a decay, from sums of logarithms: never exp and log again."""
-        return self.full(_log(decay), dims)
+        return self.value(expr, dims).expand(*self.shape[:3], *self.sizes(dims))
 
     def _scan(self, x: Autonomous) -> torch.Tensor:
         """A small autonomous state as each token finds it; its last value goes to `final`."""
@@ -126,7 +175,7 @@ class Sequence:
         if x.decay is None:
             states, last = self._token_by_token(x, start)
         else:
-            g = self.log_decay(x.decay, () if not channels(x.decay) else x.dims)
+            g = self.full(log_of(x.decay), x.dims if channels(x.decay) else ())
             g = g[..., None] if g.ndim == 3 and x.dims else g
             states, last = self.schedule.decayed_sum(g, self.full(x.drive, x.dims), start)
         self.final[x.name] = last
@@ -153,13 +202,26 @@ class Sequence:
         return names | ({"alpha"} if "g" in names else set())
 
 
+def _shares(recurrence: Recurrence) -> dict[tuple, str]:
+    """What a token's arguments are in the program, all shares of one in order, and its channels -> its name."""
+    tempered = recurrence.triple.architecture.key == "tempered"
+    out = {}
+    for x in recurrence.inputs:
+        if x.per != "static":
+            name = "k_raw" if tempered and x.name == "k" else x.name
+            more = range(2, recurrence.triple.architecture.repeats + 1) if x.per == "observation" else ()
+            out[tuple(array(y, x.dims) for y in (name, *(f"{name}_{n}" for n in more))), x.dims] = x.name
+    return out
+
+
 @cache
 def _code(expr: sp.Expr, dims: tuple):
     return compile(code(expr, dims), "<coefficient>", "eval")
 
 
 @cache
-def _log(decay: sp.Expr) -> sp.Expr:
+def log_of(decay: sp.Expr) -> sp.Expr:
+    """The logarithm of a decay as a sum of logarithms."""
     names = {
         "alpha": lambda *d: sp.exp(array("g", d)) if d else sp.exp(array("g")),
         "alpha_importance": sp.exp(array("g_importance")),
@@ -181,22 +243,41 @@ def run(
 ):
     """Execute a sequence by the plan's schedule; arguments and results as `lower.torch.loop`.
 
-    schedule: whose `linear`, `rank_one`, `elementwise`, `solve`, `decayed_sum` and `previous` to use; default `Chunked()`.
+    schedule: whose `coefficients`, `linear`, `rank_one`, `elementwise`, `solve`, `decayed_sum` and `previous` to use;
+        default `Chunked()`.
     """
-    seq = Sequence(recurrence, structure, inputs, state, scale, schedule or Chunked())
+    seq = Sequence(request(recurrence, structure, plan.family, variance), inputs, state, scale, schedule or Chunked())
     o, var, final = {"linear": _matmul, "rank one": _matmul, "elementwise": _elementwise, "solve": _solve}[plan.family](
         seq, variance
     )
-    direct = _input_part(structure, recurrence)
-    if direct != 0:
-        o = o + seq.full(direct, (i,))
-    if variance and var is None:
-        step = next(s for s in recurrence.steps if s.name == "variance")
-        var = seq.full(step.expr, (i,))
-    for name in seq.small:
+    if seq.asks("direct"):
+        o = o + seq.lay("direct")
+    if seq.asks("variance"):
+        var = seq.lay("variance")
+    for name in seq.small.keys() - seq.final.keys():
         seq[name]  # a small state that nothing read still has a last value
     final |= seq.final
     return o, var, tuple(final[s.name] for s in recurrence.states)
+
+
+@lru_cache(maxsize=512)
+def request(recurrence: Recurrence, structure: Structure, family: str, variance: bool) -> Request:
+    """Everything a plan's family asks for: what its schedule takes, `direct` and `variance`."""
+    wide = (j,) if any(channels(x.decay) for x in structure.steps) else ()
+    out = [Coefficient("g", tuple(log_of(x.decay) for x in structure.steps), wide)]
+    out += {"elementwise": _for_elementwise, "solve": _for_solve}.get(family, _for_matmul)(recurrence, structure)
+    direct = _input_part(structure, recurrence)
+    if direct != 0:
+        out.append(Coefficient("direct", (direct,), (i,)))
+    if variance and family in ("linear", "rank one"):
+        step = next(s for s in recurrence.steps if s.name == "variance")
+        out.append(Coefficient("variance", (step.expr,), (i,)))
+    scaled = family in ("linear", "rank one") and _query(structure)[1]
+    shift = prior_mean(recurrence.triple) if structure.mean == "S" else sp.S.Zero
+    shares = _shares(recurrence)
+    arguments = {x.name: shares[x.exprs, x.dims] for x in out if (x.exprs, x.dims) in shares}
+    asked = {x.name: x for x in out}
+    return Request(recurrence, structure, asked, arguments, scaled, None if shift == 0 else shift)
 
 
 def _input_part(structure: Structure, recurrence: Recurrence) -> sp.Expr:
@@ -207,20 +288,10 @@ def _input_part(structure: Structure, recurrence: Recurrence) -> sp.Expr:
 
 
 class _Micro:
-    """Coefficients of the mean state, the steps of a token laid one after the other along time."""
+    """The steps of a token laid one after the other along time, n of them."""
 
     def __init__(self, seq: Sequence):
-        self.seq, s = seq, seq.structure
-        self.n = len(s.steps)
-        self.wide = any(channels(x.decay) for x in s.steps)
-        decay = lambda x: seq.log_decay(x.decay, (j,) if self.wide else ())  # noqa: E731
-        self.g = self.lay([decay(x) for x in s.steps])
-        self.key = self.lay([seq.factor(x.key if x.key is not None else sp.S.Zero, (j,)) for x in s.steps])
-        self.value = self.lay([seq.factor(x.value if x.value is not None else sp.S.Zero, (i,)) for x in s.steps])
-
-    def lay(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        """[B, T, H, ...] for each step -> [B, T n, H, ...]."""
-        return parts[0] if self.n == 1 else torch.stack(parts, 2).flatten(1, 2)
+        self.n, self.before = len(seq.structure.steps), seq.structure.before
 
     def repeat(self, x: torch.Tensor) -> torch.Tensor:
         """One tensor a token, seen by all its steps."""
@@ -228,38 +299,45 @@ class _Micro:
 
     def pick(self, x: torch.Tensor) -> torch.Tensor:
         """The step of each token at which the memory is read."""
-        return x if self.n == 1 else x[:, (0 if self.seq.structure.before else self.n - 1) :: self.n]
+        return x if self.n == 1 else x[:, (0 if self.before else self.n - 1) :: self.n]
+
+
+def _for_matmul(recurrence: Recurrence, s: Structure) -> list[Coefficient]:
+    """Linear states and rank-one transitions: factors of every step's write and erasure, the query, what scales the output."""
+    every = lambda name, part, dims: Coefficient(name, tuple(part(x) or sp.S.Zero for x in s.steps), dims, True)  # noqa: E731
+    query, _, after = _query(s)
+    out = [every("key", lambda x: x.key, (j,)), every("value", lambda x: x.value, (i,))]
+    out.append(Coefficient("query", (query,), (j,), True))
+    if s.transition == "rank one":
+        out.append(every("read", lambda x: x.read, (j,)))
+        if any(x.write != x.key for x in s.steps):
+            out.append(every("write", lambda x: x.write, (j,)))
+    return out if after is None else [*out, Coefficient("after", (after,), (i,))]
 
 
 def _matmul(seq: Sequence, variance: bool):
-    """Linear states and rank-one transitions."""
-    s, m = seq.structure, _Micro(seq)
-    shift = (
-        seq.value(prior_mean(seq.recurrence.triple), (j, i))
-        if s.mean == "S" and prior_mean(seq.recurrence.triple) != 0
-        else 0
-    )
+    s, m, start = seq.structure, _Micro(seq), seq.state[seq.structure.mean]
+    shift = None if seq.request.shift is None else seq.value(seq.request.shift, (j, i))
+    start = start if shift is None else start - shift
+    scale = seq["scale"] if seq.request.scaled else 1.0
+    q, key, value, g = m.repeat(seq.lay("query")), *map(seq.lay, ("key", "value", "g"))
+    if s.transition == "rank one":
+        write = seq.lay("write") if seq.asks("write") else key
+        o, last = seq.schedule.rank_one(q, seq.lay("read"), write, key, value, g, start, scale=scale, before=s.before)
+    else:
+        o, last = seq.schedule.linear(q, key, value, g, start, scale=scale, before=s.before)
+    o = m.pick(o)
+    o = o * seq.lay("after") if seq.asks("after") else o
+    return o, None, {s.mean: last if shift is None else last + shift}
+
+
+def _query(s: Structure) -> tuple[sp.Expr, bool, sp.Expr | None]:
+    """What reads the state, whether the scale is still to come, and what multiplies the output."""
     weight, after = s.weight, None
     if i in channels(weight):
         weight, after, _ = separate(weight)
-    q, scale = _query(seq, weight)
-    q = m.repeat(q)
-    start = seq.state[s.mean] - shift
-    if s.transition == "rank one":
-        lay = lambda part: m.lay([seq.factor(part(x) if x.write is not None else sp.S.Zero, (j,)) for x in s.steps])  # noqa: E731
-        read = lay(lambda x: x.read)
-        write = m.key if all(x.write == x.key for x in s.steps) else lay(lambda x: x.write)
-        o, last = seq.schedule.rank_one(q, read, write, m.key, m.value, m.g, start, scale=scale, before=s.before)
-    else:
-        o, last = seq.schedule.linear(q, m.key, m.value, m.g, start, scale=scale, before=s.before)
-    o = m.pick(o)
-    return (o if after is None else o * seq.full(after, (i,))), None, {s.mean: last + shift}
-
-
-def _query(seq: Sequence, weight: sp.Expr) -> tuple[torch.Tensor, float]:
-    """What reads the state: the query itself and its scale, or their product with a rescaling."""
     bare = _unscaled(weight)
-    return (seq.factor(weight, (j,)), 1.0) if bare is None else (seq.factor(bare, (j,)), seq["scale"])
+    return (weight, False, after) if bare is None else (bare, True, after)
 
 
 @cache
@@ -286,48 +364,64 @@ def _ratio(x: sp.Expr, y: sp.Expr) -> sp.Expr:
     return sp.simplify(x / y)
 
 
-def _drives(seq: Sequence, name: str) -> list[sp.Expr]:
-    """The drive of a matrix state, observation by observation: 0 where an observation has no curvature."""
+def _drives(recurrence: Recurrence, structure: Structure) -> list[sp.Expr]:
+    """The drive of the matrix precision, observation by observation: 0 where an observation has no curvature."""
+    (precision,) = structure.autonomous
+    name = precision.name
     observed = {
         s.name.removeprefix(name + "_"): s.expr
-        for s in seq.recurrence.steps
+        for s in recurrence.steps
         if s.name.startswith(name + "_") and s.phase == "observe"
     }
-    chain = [observed.get(at, sp.S.Zero) for at in [*(str(n) for n in range(1, len(seq.structure.steps))), "new"]]
+    chain = [observed.get(at, sp.S.Zero) for at in [*(str(n) for n in range(1, len(structure.steps))), "new"]]
     return [x.xreplace({y: sp.S.Zero for y in arrays(x) if name_of(y).split("_")[0] == name}) for x in chain]
+
+
+def _for_elementwise(recurrence: Recurrence, s: Structure) -> list[Coefficient]:
+    """Factors of every step's write to the mean and of its drive of the precision."""
+    keys, values = zip(*map(_bare, s.steps), strict=True)
+    drives = [separate(x) for x in _drives(recurrence, s)]
+    return [
+        Coefficient("key", keys, (j,), True),
+        Coefficient("value", values, (i,), True),
+        Coefficient("spread", tuple(x or sp.S.Zero for x, _, _ in drives), (j,)),
+        Coefficient("b", tuple(y or sp.S.Zero for _, y, _ in drives), (i,)),
+    ]
 
 
 def _elementwise(seq: Sequence, variance: bool):
     s, m, t = seq.structure, _Micro(seq), seq.recurrence.triple
     (precision,) = s.autonomous
-    pairs = [_bare(x) for x in s.steps]
-    drives = [separate(x) for x in _drives(seq, precision.name)]
-    key = m.lay([seq.factor(k, (j,)) for k, _ in pairs])
-    value = m.lay([seq.factor(v, (i,)) for _, v in pairs])
-    spread = m.lay([seq.full(x or sp.S.Zero, (j,)) for x, _, _ in drives])
-    b = m.lay([seq.full(y or sp.S.Zero, (i,)) for _, y, _ in drives])
+    key, value, b, g = map(seq.lay, ("key", "value", "b", "g"))
     prior, start, held = seq.value(prior_precision(t), (j, i)), seq.state[s.mean], seq.state[precision.name]
     shared = j not in precision.dims  # by the key channels, and then scanned already
     o, var, last, excess = seq.schedule.elementwise(
-        m.repeat(seq.raw["q"]), key, value, b, m.g, prior, start, held[..., None, :].expand_as(start) if shared else held,
-        scale=seq["scale"], spread=spread, before=s.before, bonus=seq.get("bonus"), variance=variance,
+        m.repeat(seq.raw["q"]), key, value, b, g, prior, start, held[..., None, :].expand_as(start) if shared else held,
+        scale=seq["scale"], spread=seq.lay("spread"), before=s.before, bonus=seq.get("bonus"), variance=variance,
     )  # fmt: skip
     return m.pick(o), m.pick(var) if variance else None, {s.mean: last} | ({} if shared else {precision.name: excess})
+
+
+def _for_solve(recurrence: Recurrence, s: Structure) -> list[Coefficient]:
+    """Every step's key, value, and gain of the precision."""
+    keys, values = zip(*map(_bare, s.steps), strict=True)
+    gains = (_ratio(d, k * at_index(k, j, l)) for d, k in zip(_drives(recurrence, s), keys, strict=True))
+    return [
+        Coefficient("key", keys, (j,), True),
+        Coefficient("value", values, (i,), True),
+        Coefficient("gain", tuple(gains), ()),
+    ]
 
 
 def _solve(seq: Sequence, variance: bool):
     s, m, t = seq.structure, _Micro(seq), seq.recurrence.triple
     (precision,) = s.autonomous
-    pairs = [_bare(x) for x in s.steps]
-    keys = [k for k, _ in pairs]
-    gains = [_ratio(d, k * at_index(k, j, l)) for d, k in zip(_drives(seq, precision.name), keys, strict=True)]
-    lay = lambda exprs, dims: m.lay([seq.factor(x, dims) for x in exprs])  # noqa: E731
     prior = seq.value(prior_precision(t), (j,)) if t.prior.adaptive is None else None
     if prior is not None:
         prior = prior.expand(seq.shape[2], seq.shape[3])
     o, var, last, excess = seq.schedule.solve(
-        m.repeat(seq.raw["q"]), lay(keys, (j,)), lay([v for _, v in pairs], (i,)), m.lay([seq.full(x, ()) for x in gains]), m.g,
-        prior, seq.state[s.mean], seq.state[precision.name], scale=seq["scale"], before=s.before, variance=variance,
+        m.repeat(seq.raw["q"]), seq.lay("key"), seq.lay("value"), seq.lay("gain"), seq.lay("g"), prior,
+        seq.state[s.mean], seq.state[precision.name], scale=seq["scale"], before=s.before, variance=variance,
         ridge=seq.get("ridge"), mix=m.repeat(seq["mix"]) if t.architecture.mix else None,
     )  # fmt: skip
     return m.pick(o), m.pick(var) if variance else None, {s.mean: last, precision.name: excess}

@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import ClassVar
 
 import sympy as sp
 
@@ -51,7 +52,9 @@ class TritonPrinter(TorchPrinter):
         )
 
     def general(self, base: sp.Expr, power: sp.Expr, dims: tuple) -> str:
-        """base ** power for a base >= 0 (0 ** power is 0)."""
+        """base ** power for a base >= 0 (0 ** power is 0); of a number the logarithm is taken here, in full precision."""
+        if base.is_number:
+            return f"tl.exp({float(sp.log(base))!r} * {self._atom(power, dims)})"
         return f"power({self.code(base, dims)}, {self.code(power, dims)})"
 
     def _atom(self, expr: sp.Expr, dims: tuple) -> str:
@@ -114,15 +117,12 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Module:
-    """A printed module and what its launcher must know."""
+class Printed:
+    """A printed source file."""
 
     source: str
     key: str
-    inputs: tuple[Slot, ...]
-    states: tuple[Slot, ...]
-    graded: tuple[str, ...]
-    repeats: int
+    family: ClassVar[str]
 
     @property
     def path(self) -> Path:
@@ -130,7 +130,7 @@ class Module:
         base = (
             os.environ.get("UNIFY_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unify"
         )
-        return Path(base) / f"recurrent_{self.key}.py"
+        return Path(base) / f"{self.family}_{self.key}.py"
 
     def load(self):
         """Write the file (once) and import it."""
@@ -148,7 +148,25 @@ class Module:
         return sys.modules[name]
 
 
-def _slots(recurrence: Recurrence) -> tuple[tuple[Slot, ...], tuple[Slot, ...]]:
+def content_key(source: str) -> str:
+    """What names a source file."""
+    return hashlib.sha256(source.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Module(Printed):
+    """A printed recurrence and what its launcher must know."""
+
+    inputs: tuple[Slot, ...]
+    states: tuple[Slot, ...]
+    graded: tuple[str, ...]
+    repeats: int
+    family = "recurrent"
+
+
+@lru_cache(maxsize=256)
+def slots(recurrence: Recurrence) -> tuple[tuple[Slot, ...], tuple[Slot, ...]]:
+    """Tensors of a recurrence under the program's names: its arguments, an observation's once for each share, and its states."""
     tempered = recurrence.triple.architecture.key == "tempered"
     inputs = []
     for x in recurrence.inputs:
@@ -165,7 +183,7 @@ def _slots(recurrence: Recurrence) -> tuple[tuple[Slot, ...], tuple[Slot, ...]]:
 @lru_cache(maxsize=256)
 def module(recurrence: Recurrence) -> Module:
     """Print the Triton module of a recurrence. Raises UnifyError where a tile would need three channels."""
-    inputs, states = _slots(recurrence)
+    inputs, states = slots(recurrence)
     if any(len(s.dims) > 2 for s in states):
         raise UnifyError(
             str(recurrence.triple),
@@ -175,20 +193,19 @@ def module(recurrence: Recurrence) -> Module:
     back = adjoint(recurrence, variance=True)
     graded = tuple(x.name for x in inputs if x.name in dict(back.inputs))
     parts = (
-        _HEAD.format(triple=_comment(str(recurrence.triple))),
+        _HEAD.format(triple=comment(str(recurrence.triple))),
         _step(recurrence, inputs, states),
         _adjoint(recurrence, back, inputs, states, graded),
         _forward_kernel(recurrence, inputs, states),
         _backward_kernel(recurrence, inputs, states, graded),
     )
     text = "\n\n\n".join(parts)
-    key = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return Module(text + "\n", key, inputs, states, graded, recurrence.triple.architecture.repeats)
+    return Module(text + "\n", content_key(text), inputs, states, graded, recurrence.triple.architecture.repeats)
 
 
 def leaves(recurrence: Recurrence) -> str:
     """The step and its adjoint as printed: what a person reads."""
-    inputs, states = _slots(recurrence)
+    inputs, states = slots(recurrence)
     back = adjoint(recurrence, variance=True)
     graded = tuple(x.name for x in inputs if x.name in dict(back.inputs))
     return _step(recurrence, inputs, states) + "\n\n\n" + _adjoint(recurrence, back, inputs, states, graded) + "\n"
@@ -205,14 +222,15 @@ import triton.language as tl
 from unify.kernels.tile import power, sign, solve, square'''
 
 
-def _comment(text: str) -> str:
+def comment(text: str) -> str:
+    """Text for a module's docstring."""
     return "\n".join(line.rstrip() for line in text.splitlines())
 
 
 WIDTH = 120  # of a printed line
 
 
-def _lines(steps, printer: TritonPrinter) -> list[str]:
+def equations(steps, printer: TritonPrinter) -> list[str]:
     """Assignments, each under its equation; the forward ones say which phase of the token they belong to."""
     out = []
     for s in steps:
@@ -265,7 +283,7 @@ def _step(recurrence: Recurrence, inputs: tuple, states: tuple) -> str:
     names = [*(x.name for x in inputs), *(s.name for s in states)]
     new = ", ".join(name for _, name in recurrence.updates)
     doc = "One token of one head: the read-out, its variance and the state after the token."
-    body = [*_eye(recurrence.steps), *_lines(recurrence.steps, TritonPrinter()), f"    return o, variance, {new}"]
+    body = [*_eye(recurrence.steps), *equations(recurrence.steps, TritonPrinter()), f"    return o, variance, {new}"]
     return "\n".join([*_signature("step", names, doc), *body])
 
 
@@ -277,7 +295,7 @@ def _adjoint(recurrence: Recurrence, back: Adjoint, inputs: tuple, states: tuple
     results = ", ".join([*(ends[n] for n in graded), *(ends.get(s.name, f"d_{new[s.name]} * 0") for s in states)])
     doc = "The token again from the state before it, then back through it: d_x is the loss's gradient by x."
     forward = [s for s in recurrence.steps if s.name not in ("o", "variance")]
-    body = [*_eye((*recurrence.steps, *back.steps)), *_lines([*forward, *back.steps], TritonPrinter())]
+    body = [*_eye((*recurrence.steps, *back.steps)), *equations([*forward, *back.steps], TritonPrinter())]
     return "\n".join([*_signature("step_adjoint", names, doc), *body, f"    return {results}"])
 
 
@@ -305,36 +323,40 @@ def _mask(dims: tuple[str, ...]) -> str:
     }[dims]
 
 
-def _shape(dims: tuple[str, ...]) -> str:
+def block_shape(dims: tuple[str, ...]) -> str:
+    """Shape of a tile over these channels."""
     return "[" + ", ".join({"j": "BK", "l": "BK", "i": "BV"}[d] for d in dims) + "]"
 
 
 def _width(dims: tuple[str, ...]) -> str:
-    return " * ".join({"j": "K", "l": "K", "i": "V"}[d] for d in dims) or "1"
+    return " * ".join({"j": "K", "l": "K", "i": "V"}[d] for d in dims)
 
 
-def _load(name: str, pointer: str, row: str, dims: tuple[str, ...]) -> str:
+def load_line(name: str, pointer: str, row: str, dims: tuple[str, ...]) -> str:
+    """Load the channels of a row under a name; past the last channel lies 0, or 1 where it divides."""
     other = "1.0" if name in PAD_ONE else "0.0"
-    where = f"{pointer} + ({row}) * ({_width(dims)})"
+    where = f"{pointer} + ({row}) * {_width(dims)}" if dims else f"{pointer} + {row}"
     if not dims:
         return f"{name} = tl.load({where}).to(ACC)"
     return f"{name} = tl.load({where} + {_offset(dims)}, mask={_mask(dims)}, other={other}).to(ACC)"
 
 
-def _store(pointer: str, row: str, dims: tuple[str, ...], value: str) -> str:
-    where = f"{pointer} + ({row}) * ({_width(dims)})"
+def store_line(pointer: str, row: str, dims: tuple[str, ...], value: str) -> str:
+    """Store a value as the channels of a row."""
+    where = f"{pointer} + ({row}) * {_width(dims)}" if dims else f"{pointer} + {row}"
     if not dims:
         return f"tl.store({where}, {value})"
-    return f"tl.store({where} + {_offset(dims)}, {value} + tl.zeros({_shape(dims)}, ACC), mask={_mask(dims)})"
+    return f"tl.store({where} + {_offset(dims)}, {value} + tl.zeros({block_shape(dims)}, ACC), mask={_mask(dims)})"
 
 
-def _row(x: Slot, repeats: int) -> str:
+def row_of(x: Slot, repeats: int) -> str:
+    """Which row of channels a token has in an argument."""
     return {"token": "t * H + h", "static": "h"}.get(x.per, f"(t * {repeats} + {x.share}) * H + h")
 
 
 def _loads(inputs: tuple, repeats: int, per_token: bool, indent: str) -> list[str]:
     return [
-        indent + _load(x.name, f"{x.argument}_ptr", _row(x, repeats), x.dims)
+        indent + load_line(x.name, f"{x.argument}_ptr", row_of(x, repeats), x.dims)
         for x in inputs
         if (x.per != "static") == per_token
     ]
@@ -366,19 +388,19 @@ def _forward_kernel(recurrence: Recurrence, inputs: tuple, states: tuple) -> str
         "            BK: tl.constexpr, BV: tl.constexpr, ACC: tl.constexpr, VARIANCE: tl.constexpr, MARKS: tl.constexpr):",
         _PROLOGUE,
         *_loads(inputs, repeats, False, "    "),
-        *(f"    {_load(s.name, f'{s.name}_start', 'row', s.dims)}" for s in states),
+        *(f"    {load_line(s.name, f'{s.name}_start', 'row', s.dims)}" for s in states),
         "    mark = tl.load(mark_offsets + n)",
         "    for t in range(first, last):",
         "        if MARKS:",
         "            if (t - first) % every == 0:",
-        *(f"                {_store(f'{s.name}_marks', 'mark * H + h', s.dims, s.name)}" for s in states),
+        *(f"                {store_line(f'{s.name}_marks', 'mark * H + h', s.dims, s.name)}" for s in states),
         "                mark += 1",
         *_loads(inputs, repeats, True, "        "),
         f"        o, variance, {got} = step({call}, scale, K, BK)",
-        f"        {_store('o_ptr', 't * H + h', ('i',), 'o')}",
+        f"        {store_line('o_ptr', 't * H + h', ('i',), 'o')}",
         "        if VARIANCE:",
-        f"            {_store('variance_ptr', 't * H + h', ('i',), 'variance')}",
-        *(f"    {_store(f'{s.name}_end', 'row', s.dims, s.name)}" for s in states),
+        f"            {store_line('variance_ptr', 't * H + h', ('i',), 'variance')}",
+        *(f"    {store_line(f'{s.name}_end', 'row', s.dims, s.name)}" for s in states),
     ]
     return "\n".join(lines)
 
@@ -392,7 +414,7 @@ def _backward_kernel(recurrence: Recurrence, inputs: tuple, states: tuple, grade
     ends = [f"d_{s.name}_end" for s in states]
     grads = [f"d_{x.argument}_ptr" for x in {x.argument: x for x in mine}.values()]
     args = [*_pointers(inputs), *saved, *ends, *grads, *(f"d_{s.name}_start" for s in states)]
-    zero = lambda x: f"tl.zeros({_shape(x.dims) if x.dims else '[1]'}, ACC)"  # noqa: E731
+    zero = lambda x: f"tl.zeros({block_shape(x.dims) if x.dims else '[1]'}, ACC)"  # noqa: E731
     start = lambda s: "row" if "i" in s.dims else "block * rows + row"  # noqa: E731
     lines = [
         "@triton.jit",
@@ -400,7 +422,7 @@ def _backward_kernel(recurrence: Recurrence, inputs: tuple, states: tuple, grade
         "             every, BK: tl.constexpr, BV: tl.constexpr, ACC: tl.constexpr, VARIANCE: tl.constexpr):",
         _PROLOGUE,
         *_loads(inputs, repeats, False, "    "),
-        *(f"    {_load(f'd_{s.name}', f'd_{s.name}_end', 'row', s.dims)}" for s in states),
+        *(f"    {load_line(f'd_{s.name}', f'd_{s.name}_end', 'row', s.dims)}" for s in states),
         *(f"    d_{s.name} = tl.where(block == 0, d_{s.name}, 0.0)" for s in states if "i" not in s.dims),
         *(f"    d_{x.name} = {zero(x)}" for x in fixed),
         "    marks, segments = tl.load(mark_offsets + n), tl.cdiv(last - first, every)",
@@ -410,7 +432,7 @@ def _backward_kernel(recurrence: Recurrence, inputs: tuple, states: tuple, grade
         "        length = tl.minimum(every, last - begin)",
         *_segment(inputs, states, mine, repeats),
         *(f"    {_store_fixed(x)}" for x in fixed),
-        *(f"    {_store(f'd_{s.name}_start', start(s), s.dims, f'd_{s.name}')}" for s in states),
+        *(f"    {store_line(f'd_{s.name}_start', start(s), s.dims, f'd_{s.name}')}" for s in states),
     ]
     return "\n".join(lines)
 
@@ -424,25 +446,25 @@ def _segment(inputs: tuple, states: tuple, mine: list[Slot], repeats: int) -> li
     deep = " " * 12
     moving = [x for x in mine if x.per != "static"]
     return [
-        *(f"        {_load(s.name, f'{s.name}_marks', '(marks + segment) * H + h', s.dims)}" for s in states),
+        *(f"        {load_line(s.name, f'{s.name}_marks', '(marks + segment) * H + h', s.dims)}" for s in states),
         "        for at in range(0, length):",
         f"{deep}t = begin + at",
-        *(f"{deep}{_store(f'{s.name}_kept', kept, s.dims, s.name)}" for s in states),
+        *(f"{deep}{store_line(f'{s.name}_kept', kept, s.dims, s.name)}" for s in states),
         *_loads(inputs, repeats, True, deep),
         f"{deep}o, variance, {', '.join(s.name for s in states)} = step({given}, scale, K, BK)",
         "        tl.debug_barrier()",
         "        for step_back in range(0, length):",
         f"{deep}at = length - 1 - step_back",
         f"{deep}t = begin + at",
-        *(f"{deep}{_load(s.name, f'{s.name}_kept', kept, s.dims)}" for s in states),
+        *(f"{deep}{load_line(s.name, f'{s.name}_kept', kept, s.dims)}" for s in states),
         *_loads(inputs, repeats, True, deep),
-        f"{deep}{_load('d_o', 'd_o_ptr', 't * H + h', ('i',))}",
+        f"{deep}{load_line('d_o', 'd_o_ptr', 't * H + h', ('i',))}",
         f"{deep}d_variance = tl.zeros([BV], ACC)",
         f"{deep}if VARIANCE:",
-        f"{deep}    {_load('d_variance', 'd_variance_ptr', 't * H + h', ('i',))}",
+        f"{deep}    {load_line('d_variance', 'd_variance_ptr', 't * H + h', ('i',))}",
         f"{deep}{results} = step_adjoint({given}, {outside}, scale, K, BK)",
         *(f"{deep}d_{x.name} += now_{x.name}" for x in mine if x.per == "static"),
-        *(f"{deep}{_store(f'd_{x.argument}_ptr', _grad_row(x, repeats), x.dims, f'now_{x.name}')}" for x in moving),
+        *(f"{deep}{store_line(f'd_{x.argument}_ptr', _grad_row(x, repeats), x.dims, f'now_{x.name}')}" for x in moving),
         "        tl.debug_barrier()",
     ]
 
@@ -450,11 +472,11 @@ def _segment(inputs: tuple, states: tuple, mine: list[Slot], repeats: int) -> li
 def _grad_row(x: Slot, repeats: int) -> str:
     """A gradient without value channels is one block's share: [blocks, tokens, H, ...]."""
     lead = "" if "i" in x.dims else f"block.to(tl.int64) * tokens * {repeats if x.per == 'observation' else 1} * H + "
-    return lead + _row(x, repeats)
+    return lead + row_of(x, repeats)
 
 
 def _store_fixed(x: Slot) -> str:
     row = "row" if "i" in x.dims else "block * rows + row"
     if not x.dims:
         return f"tl.store(d_{x.argument}_ptr + ({row}) + tl.arange(0, 1), d_{x.name})"
-    return _store(f"d_{x.argument}_ptr", row, x.dims, f"d_{x.name}")
+    return store_line(f"d_{x.argument}_ptr", row, x.dims, f"d_{x.name}")
