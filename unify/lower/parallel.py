@@ -129,7 +129,7 @@ class Sequence:
             return self._scan(self.small[name])
         if (
             name == "K"
-        ):  # a tensor, because a log decay may hold log(K); filled on the device, because a copy would wait
+        ):  # a tensor, because a log decay may hold log(K); filled on the device: a copy would make it wait
             return torch.full((), self.shape[-1], dtype=self.wide, device=self.raw["q"].device)
         step = self.program[name]  # a KeyError sends eval on to its globals
         return self.value(step.expr, step.dims)
@@ -151,7 +151,7 @@ class Sequence:
             return found.expand(-1, -1, -1, *self.sizes(x.dims))
         if name in self.request.arguments:
             whole = self.inputs[self.request.arguments[name]]
-            return whole if x.factor else whole.to(self.wide)
+            return whole if x.factor or x.dims else whole.to(self.wide)  # kernels widen rows as they load them
         parts = [self.full(y, x.dims) for y in x.exprs]
         parts = [y.to(self.dtype) for y in parts] if x.factor else parts
         return parts[0] if len(parts) == 1 else torch.stack(parts, 2).flatten(1, 2)
@@ -381,12 +381,14 @@ def _for_elementwise(recurrence: Recurrence, s: Structure) -> list[Coefficient]:
     """Factors of every step's write to the mean and of its drive of the precision."""
     keys, values = zip(*map(_bare, s.steps), strict=True)
     drives = [separate(x) for x in _drives(recurrence, s)]
-    return [
+    out = [
         Coefficient("key", keys, (j,), True),
         Coefficient("value", values, (i,), True),
-        Coefficient("spread", tuple(x or sp.S.Zero for x, _, _ in drives), (j,)),
         Coefficient("b", tuple(y or sp.S.Zero for _, y, _ in drives), (i,)),
     ]
+    if all(x == k**2 for (x, _, _), k in zip(drives, keys, strict=True)):  # what the schedule takes if nothing is given
+        return out
+    return [*out, Coefficient("spread", tuple(x or sp.S.Zero for x, _, _ in drives), (j,))]
 
 
 def _elementwise(seq: Sequence, variance: bool):
@@ -397,7 +399,8 @@ def _elementwise(seq: Sequence, variance: bool):
     shared = j not in precision.dims  # by the key channels, and then scanned already
     o, var, last, excess = seq.schedule.elementwise(
         m.repeat(seq.raw["q"]), key, value, b, g, prior, start, held[..., None, :].expand_as(start) if shared else held,
-        scale=seq["scale"], spread=seq.lay("spread"), before=s.before, bonus=seq.get("bonus"), variance=variance,
+        scale=seq["scale"], spread=seq.lay("spread") if seq.asks("spread") else None, before=s.before,
+        bonus=seq.get("bonus"), variance=variance,
     )  # fmt: skip
     return m.pick(o), m.pick(var) if variance else None, {s.mean: last} | ({} if shared else {precision.name: excess})
 
