@@ -10,6 +10,9 @@ next one meet at the border between them, exp(G_t - G_border) on the read and ex
 every token is either read or written, so one exp a token and one matrix product serve all blocks of it. For float32
 inputs G is float64: gates of -30 and of -1e-6 in one chunk leave the difference exact.
 
+A tile that a loop loads is either multiplied in it or worked on, never both: Triton (3.6.0 and 3.7.1 at least) gives a load
+with both uses one buffer too few, and on Hopper refills it while the asynchronous product still reads.
+
 Chunks live in slots: sequence n owns those from offsets[n] // C + n on. That is room enough for its chunks, needs no
 look at the offsets from the host, and is found again by bisection; slots that no chunk fills are skipped.
 """
@@ -182,20 +185,25 @@ def _scores(
     if start >= end:
         return
     h, i = tl.program_id(1), tl.arange(0, C)
+    if NEAR or FAR:
+        for k0 in range(0, K, BK):
+            x0 = k0 if BX > 1 else 0
+            after = load(G, start, end, h, H, X, x0, C, BX)
+            if NEAR:
+                seen = load(G, start, end, h, H, X, x0, C, BX, 1) if BEFORE else after
+                x = load(read, start, end, h, H, K, k0, C, BK) * weight(seen, ACC)
+                store(near, x, start, end, h, H, K, k0, C, BK)
+            if FAR:
+                total = load_row(G, end - 1, h, H, X, x0, BX)[None, :]
+                y = load(written, start, end, h, H, K, k0, C, BK) * weight(total - after, ACC)
+                store(far, y, start, end, h, H, K, k0, C, BK)
     acc = tl.zeros([C, C], ACC)
     for k0 in range(0, K, BK):
         x = load(read, start, end, h, H, K, k0, C, BK)
         y = load(written, start, end, h, H, K, k0, C, BK)
-        if GATE != PLAIN:
-            x0 = k0 if BX > 1 else 0
-            after = load(G, start, end, h, H, X, x0, C, BX)
-            seen = load(G, start, end, h, H, X, x0, C, BX, 1) if BEFORE else after
-            if NEAR:
-                store(near, x * weight(seen, ACC), start, end, h, H, K, k0, C, BK)
-            if FAR:
-                total = load_row(G, end - 1, h, H, X, x0, BX)[None, :]
-                store(far, y * weight(total - after, ACC), start, end, h, H, K, k0, C, BK)
         if GATE == CHANNEL:
+            after = load(G, start, end, h, H, X, k0, C, BX)
+            seen = load(G, start, end, h, H, X, k0, C, BX, 1) if BEFORE else after
             x, y = x.to(ACC), y.to(ACC)
             if not BEFORE:
                 acc += tl.where(i[:, None] == i[None, :], tl.sum(x * y, 1)[:, None], 0.0)
@@ -306,6 +314,11 @@ def _grads(
     tail = tl.zeros([BK], ACC)
     for v0 in range(0, V, BV):
         at, inside = matrix_at(S, slot * H + h, K, V, k0, v0, BK, BV)
+        state = tl.load(at, mask=inside, other=0.0).to(ACC)
+        at, inside = matrix_at(D, slot * H + h, K, V, k0, v0, BK, BV)
+        tail += tl.sum(state * tl.load(at, mask=inside, other=0.0).to(ACC), 1)
+    for v0 in range(0, V, BV):
+        at, inside = matrix_at(S, slot * H + h, K, V, k0, v0, BK, BV)
         state = tl.load(at, mask=inside, other=0.0)
         at, inside = matrix_at(D, slot * H + h, K, V, k0, v0, BK, BV)
         adjoint = tl.load(at, mask=inside, other=0.0)
@@ -315,7 +328,6 @@ def _grads(
             d_r += split_dot(load(du, start, end, h, H, V, v0, C, BV), tl.trans(state), SPLIT, DT, ACC)
         if WRITES == 2:
             d_w += split_dot(load(u, start, end, h, H, V, v0, C, BV), tl.trans(adjoint), SPLIT, DT, ACC)
-        tail += tl.sum(state.to(ACC) * adjoint.to(ACC), 1)
 
     after = load(G, start, end, h, H, X, x0, C, BX)
     before = load(G, start, end, h, H, X, x0, C, BX, 1)
