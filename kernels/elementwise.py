@@ -19,10 +19,8 @@ by less than `LIMIT`, so that it costs less than LIMIT roundings; other segments
 token. The decay's gradient is a sum over the later tokens of the chunk (<adjoint, state> of a chunk's end, plus what is read,
 less what is written), so it needs no state of its own. No state is ever divided by a decay, and every sum has a fixed order.
 
-A tile has shape [KL, VL, KH, VR, 4, 4]: a thread of a warp of KL x VL holds KH times 4 neighbouring keys by VR times 4
-neighbouring values. Triton gives a load 16 neighbouring bytes a thread, and then fills the lanes from the first axis on: with
-this order every load has the layout of the arithmetic. A sum over keys costs shuffles among KL lanes only, one over values
-among VL.
+A thread of a warp of KL x VL lanes holds KH times 4 neighbouring keys by VR times 4 neighbouring values. A sum over keys costs
+shuffles among KL lanes only, one over values among VL.
 """
 
 from __future__ import annotations

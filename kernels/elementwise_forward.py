@@ -7,6 +7,10 @@ import triton.language as tl
 
 RESET = tl.constexpr(-2.0)  # a log decay below this starts a new segment
 NONE = tl.constexpr(-1000.0)  # exp of it is 0 in every type
+# Triton gives a thread 16 neighbouring bytes of a load, then deals lanes out axis by axis, those without neighbours in the order
+# 0, 1, ... (before 3.7) or ..., 1, 0. A tile's axes stand so that every load gets the layout of the arithmetic:
+# [KL, VL, KH, VR, 4, 4] or [KH, 4, VR, KL, VL, 4].
+LANES_FIRST = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7))
 AHEAD = tl.constexpr(4)  # tokens between asking for a row and reading it
 
 
@@ -26,17 +30,26 @@ def reciprocal(x, FAST: tl.constexpr):
 
 @triton.jit
 def key_index(k0, KH: tl.constexpr, KL: tl.constexpr, VL: tl.constexpr):
-    """Key channels of a tile, [KL, VL, KH, 1, 4, 1]: the same for all VL lanes, so that a row is loaded where it is used."""
-    lane = tl.arange(0, KL)[:, None, None, None, None, None] + tl.zeros([1, VL, 1, 1, 1, 1], tl.int32)
-    high = tl.arange(0, KH)[None, None, :, None, None, None] * KL + lane
-    return k0 + high * 4 + tl.arange(0, 4)[None, None, None, None, :, None]
+    """Key channels of a tile, the same for all VL lanes, so that a row is loaded where it is used."""
+    if LANES_FIRST:
+        lane = tl.arange(0, KL)[:, None, None, None, None, None] + tl.zeros([1, VL, 1, 1, 1, 1], tl.int32)
+        high = tl.arange(0, KH)[None, None, :, None, None, None] * KL + lane
+        return k0 + high * 4 + tl.arange(0, 4)[None, None, None, None, :, None]
+    else:
+        lane = tl.arange(0, KL)[None, None, None, :, None, None] + tl.zeros([1, 1, 1, 1, VL, 1], tl.int32)
+        high = tl.arange(0, KH)[:, None, None, None, None, None] * KL + lane
+        return k0 + high * 4 + tl.arange(0, 4)[None, :, None, None, None, None]
 
 
 @triton.jit
 def value_index(v0, VR: tl.constexpr, KL: tl.constexpr, VL: tl.constexpr):
-    """Value channels of a tile, [KL, VL, 1, VR, 1, 4]; the same for all KL lanes."""
-    lane = tl.arange(0, VL)[None, :, None, None, None, None] + tl.zeros([KL, 1, 1, 1, 1, 1], tl.int32)
-    high = tl.arange(0, VR)[None, None, None, :, None, None] * VL + lane
+    """Value channels of a tile, the same for all KL lanes."""
+    if LANES_FIRST:
+        lane = tl.arange(0, VL)[None, :, None, None, None, None] + tl.zeros([KL, 1, 1, 1, 1, 1], tl.int32)
+        high = tl.arange(0, VR)[None, None, None, :, None, None] * VL + lane
+    else:
+        lane = tl.arange(0, VL)[None, None, None, None, :, None] + tl.zeros([1, 1, 1, KL, 1, 1], tl.int32)
+        high = tl.arange(0, VR)[None, None, :, None, None, None] * VL + lane
     return v0 + high * 4 + tl.arange(0, 4)[None, None, None, None, None, :]
 
 
@@ -66,15 +79,20 @@ def put(at, index, x, X):
 
 
 @triton.jit
+def _over(x, first: tl.constexpr, second: tl.constexpr, third: tl.constexpr):
+    return tl.sum(tl.sum(tl.sum(x, first, keep_dims=True), second, keep_dims=True), third, keep_dims=True)
+
+
+@triton.jit
 def over_keys(x):
-    """Sum over keys, [1, VL, 1, VR, 1, 4]."""
-    return tl.sum(tl.sum(tl.sum(x, 4, keep_dims=True), 2, keep_dims=True), 0, keep_dims=True)
+    """Sum over keys: in a thread, then among its lanes."""
+    return _over(x, 4, 2, 0) if LANES_FIRST else _over(x, 0, 1, 3)
 
 
 @triton.jit
 def over_values(x):
-    """Sum over values, [KL, 1, KH, 1, 4, 1]."""
-    return tl.sum(tl.sum(tl.sum(x, 5, keep_dims=True), 3, keep_dims=True), 1, keep_dims=True)
+    """Sum over values: in a thread, then among its lanes."""
+    return _over(x, 5, 3, 1) if LANES_FIRST else _over(x, 5, 2, 4)
 
 
 @triton.jit
