@@ -1,0 +1,102 @@
+"""Compiles every kernel that some ops launch for a Hopper GPU, without one: what the compiler says about them, as JSON.
+
+python tests/hopper.py MODEL:K:V ...    each on bfloat16 arguments, forward and backward; "planted" is a kernel with a fault
+
+Run as a process of its own, because the test session's kernels are interpreted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+
+class NoGPU:
+    """A driver that knows for which GPU to compile, and launches nothing."""
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+
+def refilled_early(code: str) -> list[str]:
+    """Buffers of operands of asynchronous products with fewer places than others in the same pipelined loop: such a one is
+    refilled for the next turn while the product of this turn may still be reading it. code: in Triton's GPU dialect."""
+    places = {m[1]: int(m[2]) for m in re.finditer(r"(%\S+) = ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x", code)}
+    root = {name: name for name in places}
+    for m in re.finditer(r"(%\S+) = ttg\.memdesc_(?:index|trans|subslice|reshape) (%\w+)", code):
+        if m[2] in root:
+            root[m[1]] = root[m[2]]
+    products = re.finditer(r"= ttng\.warp_group_dot (%\w+), (%\w+), %\S+ \{[^}]*isAsync = true", code)
+    used = {root[x] for m in products for x in m.groups() if x in root}
+    return sorted(x for x in used if places[x] < max(2, *(places[y] for y in used)))
+
+
+@triton.jit
+def planted(x, y, out, N, C: tl.constexpr):
+    """A sum of products, and a sum over one of their operands: one load with two uses."""
+    i = tl.arange(0, C)
+    total, extra = tl.zeros([C, C], tl.float32), tl.zeros([C], tl.float32)
+    for at in range(0, N, C):
+        first = tl.load(x + i[:, None] * N + at + i[None, :])
+        second = tl.load(y + i[:, None] * N + at + i[None, :])
+        total += tl.dot(first, tl.trans(second))
+        extra += tl.sum(second.to(tl.float32), 1)
+    tl.store(out + i[:, None] * C + i[None, :], total + extra[None, :])
+
+
+def launch(name: str) -> None:
+    """Everything a model launches: MODEL:K:V, or the planted fault."""
+    if name == "planted":
+        x = torch.zeros(64, 256, dtype=torch.bfloat16)
+        planted[(1,)](x, x, torch.zeros(64, 64), 256, C=64, num_warps=4, num_stages=2)
+        return
+    from unify.contest import Size, draw
+    from unify.kernels import elementwise
+    from unify.models.zoo import get
+    from unify.op import compile
+
+    tile = elementwise._Launch.tile
+    elementwise._Launch.tile = lambda self, shape: (options := tile(self, shape))[0].update(FAST=True) or options
+    model, K, V = name.split(":")
+    op = compile(get(model).triple, "triton", checked=False)
+    given = {n: x.requires_grad_() for n, x in draw(op, Size(1, 256, 16, int(K), int(V)), "cpu").items()}
+    o = op(**given)
+    o.backward(torch.ones_like(o))
+    elementwise._Launch.tile = tile
+
+
+def main(names: list[str]) -> None:
+    driver.set_active(NoGPU())
+    run, found, current = JITFunction.run, [], ""
+
+    def only_compile(self, *arguments, grid, warmup, **options):
+        kernel = run(self, *arguments, grid=grid, warmup=True, **options)
+        early = refilled_early(kernel.asm["ttgir"])
+        found.append({"of": current, "kernel": self.fn.__name__, "shared": kernel.metadata.shared, "early": early})
+        return kernel
+
+    JITFunction.run = only_compile
+    for current in names:
+        launch(current)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,56 @@
+"""What the compiled kernels look like on a Hopper GPU: Triton compiles for one without having one.
+
+The interpreter runs a kernel as it is written; two things that only the compiler decides have gone wrong on real hardware.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+MODELS = "mamba2:96:192 gla:96:192 gated_deltanet:96:192 meta_gdn:128:128 mesanet:128:128 palimpsa:96:192".split()
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    """Facts about every kernel of the models, and of the planted one."""
+    cache = tmp_path_factory.mktemp("hopper")
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(cache / "triton"), "UNIFY_CACHE": str(cache / "unify")}
+    command = [sys.executable, str(Path(__file__).with_name("hopper.py")), "planted", *MODELS]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_no_buffer_is_refilled_while_a_product_reads_it(kernels):
+    ours = [x for x in kernels if x["of"] != "planted"]
+    assert {x["kernel"] for x in ours} >= {
+        "_scores",
+        "_walk",
+        "_read",
+        "_grads",
+        "_solve",
+        "read",
+        "adjoint",
+        "gradient",
+    }
+    assert not [x for x in ours if x["early"]]
+
+
+@pytest.mark.slow
+def test_the_check_sees_a_load_with_two_uses(kernels):
+    (early,) = (x["early"] for x in kernels if x["of"] == "planted")
+    assert [name.rstrip("_0123456789") for name in early] == ["%second"]
+
+
+@pytest.mark.slow
+def test_elementwise_tiles_never_leave_their_registers(kernels):
+    """No shared memory: every load has the layout of the arithmetic."""
+    walks = {x["kernel"]: x["shared"] for x in kernels if x["kernel"] in ("read", "adjoint", "gradient")}
+    assert walks == {"read": 0, "adjoint": 0, "gradient": 0}
