@@ -1,5 +1,6 @@
 """The stages between Triple and Plan: what is derived, what is read off it, and that both can be wrong."""
 
+import pickle
 from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
@@ -153,3 +154,12 @@ def test_two_erasures_in_one_token():
     )
     assert len(structure(derive(triple)).steps) == 2
     confirm(triple)
+
+
+def test_a_hash_is_remembered_but_never_sent_to_another_process():
+    first = derive(get("mamba2").triple)
+    again = pickle.loads(pickle.dumps(first))
+    assert hash(first) == hash(again)
+    assert first == again
+    assert "_hash" in vars(first)
+    assert b"_hash" not in pickle.dumps(first)

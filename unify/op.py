@@ -6,7 +6,7 @@ import warnings
 from collections import namedtuple
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, no_type_check
 
@@ -238,13 +238,8 @@ class Op:
     def _check(self, inputs: dict) -> dict:
         """Names, types and shapes; returns the sizes B, T, H, K, V."""
         wanted = {x.name: x for x in self.recurrence.inputs}
-        takes = ", ".join(f"{x.name} {x.shape}" for x in self.recurrence.inputs)
-        for name in inputs:
-            if name not in wanted:
-                raise UnifyError(f"argument {name!r}", f"not used by this triple ({self.brief})", f"it takes {takes}")
-        for name in wanted:
-            if name not in inputs:
-                raise UnifyError(f"no argument {name!r}", f"this triple needs it ({self.brief})", f"it takes {takes}")
+        if inputs.keys() != wanted.keys():
+            self._refuse_names(inputs, wanted)
         for name, x in inputs.items():
             if not torch.is_tensor(x) or not x.is_floating_point():
                 found = str(x.dtype) if torch.is_tensor(x) else type(x).__name__
@@ -258,6 +253,15 @@ class Op:
                     f"{name} on {x.device}", f"q is on {inputs['q'].device}", "put all arguments on one device"
                 )
         return self._sizes(inputs, wanted)
+
+    def _refuse_names(self, inputs: dict, wanted: dict) -> None:
+        takes = f"it takes {', '.join(f'{x.name} {x.shape}' for x in wanted.values())}"
+        for name in inputs:
+            if name not in wanted:
+                raise UnifyError(f"argument {name!r}", f"not used by this triple ({self.brief})", takes)
+        for name in wanted:
+            if name not in inputs:
+                raise UnifyError(f"no argument {name!r}", f"this triple needs it ({self.brief})", takes)
 
     def _sizes(self, inputs: dict, wanted: dict) -> dict:
         n = self.triple.architecture.repeats
@@ -383,6 +387,7 @@ def _traced(constant: _Constant, inputs: dict, variance: bool, options: dict) ->
         raise
 
 
+@cache
 def _size(d) -> str:
     from .symbols import SIZE
 

@@ -82,6 +82,21 @@ class Assign:
         )
 
 
+def hashed_once(cls: type) -> type:
+    """A frozen dataclass that remembers its hash: ops are looked up by it at every call, and expressions hash slowly."""
+    slow = cls.__hash__
+
+    def remembered(self) -> int:
+        if "_hash" not in self.__dict__:
+            self.__dict__["_hash"] = slow(self)
+        return self.__dict__["_hash"]
+
+    cls.__hash__ = remembered
+    cls.__getstate__ = lambda self: {name: x for name, x in self.__dict__.items() if name != "_hash"}  # of this process
+    return cls
+
+
+@hashed_once
 @dataclass(frozen=True)
 class Recurrence:
     """One token of one head: inputs and states in, states and read-out out.

@@ -16,7 +16,7 @@ from itertools import pairwise
 import sympy as sp
 
 from .energy import prior_mean
-from .recurrence import Assign, Recurrence
+from .recurrence import Assign, Recurrence, hashed_once
 from .symbols import SIZE, K, V, array, arrays, at_index, collapse, i, j, l, name_of, put
 
 
@@ -47,6 +47,7 @@ class Autonomous:
     drive: sp.Expr | None
 
 
+@hashed_once
 @dataclass(frozen=True)
 class Structure:
     """What decides a schedule.
