@@ -13,7 +13,7 @@ from unify.energy import free_energy
 from unify.errors import UnifyError
 from unify.models.zoo import ZOO, get
 from unify.plan import plan
-from unify.structure import structure
+from unify.structure import channels, structure
 from unify.symbols import K, V, array, i, j
 from unify.triple import Architecture, Observation, Posterior, Prior, Triple
 
@@ -163,3 +163,7 @@ def test_a_hash_is_remembered_but_never_sent_to_another_process():
     assert first == again
     assert "_hash" in vars(first)
     assert b"_hash" not in pickle.dumps(first)
+
+
+def test_a_full_contraction_hides_no_channel_of_its_factor():
+    assert channels(array("v", (i,)) * sp.Sum(array("k", (j,)) ** 2, (j, 1, K))) == (i,)

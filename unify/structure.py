@@ -244,7 +244,7 @@ def channels(expr: sp.Expr) -> tuple[sp.Symbol, ...]:
     if expr is None:
         return ()
     outside = sp.sympify(expr).replace(
-        lambda e: isinstance(e, sp.Sum), lambda s: sp.Add(*(x for x in s.free_symbols if x in (i, j, l)))
+        lambda e: isinstance(e, sp.Sum), lambda s: sp.Add(sp.Dummy(), *(x for x in s.free_symbols if x in (i, j, l)))
     )
     used = {x for x in outside.free_symbols if x in (i, j, l)}
     return tuple(x for x in (j, l, i) if x in used)
