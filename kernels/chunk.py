@@ -433,7 +433,7 @@ TILES = {
     "channel grads": (32, 128, 4, 2),  # 434 / 1026; 32x64x4 477 / 1172, 64x64x8 556 / 1016
     "channel grads of two": (64, 64, 8, 3),  # two reads or writes, 948; 32x128x4 1077, 32x64x4 1027 (beside other work)
     "mix": (128, 64, 4, 3),  # 19 / 43; 64x64x4 27 / 50
-    "solve": (0, 64, 8, 1),  # all key channels, and tokens; not timed yet
+    "solve": (0, 32, 4, 1),  # all key channels, and tokens: - / 893; 64x8 1007, 16x4 1031, 32x8 1057, 64x4 1951
     "solve exact": (0, 32, 8, 1),  # float32: 16 tokens, for want of registers
     "invert": (64, 64, 4, 3),  # less the Newton step 71 / 136; 2 warps 101 / 198, 8 warps 133 / 257
 }
