@@ -204,18 +204,6 @@ def test_the_comparison_sees_a_nan(small, monkeypatch):
     assert worst(get("palimpsa_key").triple, (3,))[0] == torch.inf
 
 
-@pytest.mark.parametrize("name", ["palimpsa_key", "gated_deltaproduct"])
-def test_opcheck(name, small, monkeypatch):
-    op, inputs, state = case(get(name).triple, (5, 9), 1, 3, 5)
-    calls, whole, offsets = [], torch.ops.unify.coefficients, torch.tensor([0, 5, 14])
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.ops.unify, "coefficients", lambda *a: calls.append(a) or whole(*a))
-        fused(op, inputs, state, offsets)
-    key, given, small_states, *rest = calls[0]
-    leaves = [[x.detach().clone().requires_grad_() for x in xs] for xs in (given, small_states)]
-    torch.library.opcheck(whole.default, (key, *leaves, *rest))
-
-
 def test_kernels_read_like_the_equations():
     op = compile(get("palimpsa_key").triple)
     printed = coefficients.module(request(op))

@@ -156,8 +156,8 @@ class Sequence:
         parts = [y.to(self.dtype) for y in parts] if x.factor else parts
         return parts[0] if len(parts) == 1 else torch.stack(parts, 2).flatten(1, 2)
 
-    def sizes(self, dims: tuple) -> list[int]:
-        """Channels as numbers."""
+    def sizes(self, dims: tuple) -> list[int | torch.SymInt]:
+        """Channels as numbers; symbols where a graph of torch.compile leaves them free."""
         return [{j: self.shape[-1], l: self.shape[-1], i: self.width}[d] for d in dims]
 
     def value(self, expr: sp.Expr, dims: tuple) -> torch.Tensor:
