@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unify.errors import UnifyError
-from unify.models.convert import metaplastic, mixers, parts, save_adapter, unmetaplastic
-from unify.models.mixers import family
+from unify.models.convert import RECORD, metaplastic, mixers, parts, save_adapter
+from unify.models.mixers import Adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-10}  # relative error allowed between host and converted logits
-HALF = 2e-2
+    from unify.triple import Triple
+
+ROUNDING = 1e-5  # relative error allowed between host and converted logits, in float32
 MAMBA_SSM = {"d_model", "n_layer", "vocab_size"}  # what a state-spaces config has and a transformers config has not
 
 
@@ -157,8 +158,11 @@ class Check:
 def check(model: PreTrainedModel, convert: Callable[[PreTrainedModel], object], text: Tensor | None = None) -> Check:
     """Logits of a host before `convert(model)` against those after: random tokens with left padding, text, decoding.
 
-    text: token ids [1, T]; None uses bytes of Python's own sources, modulo the vocabulary.
+    text: token ids [1, T]; None uses bytes of Python's own sources, modulo the vocabulary. Raises UnifyError for a model
+    in half precision: hosts round their sums there, so nothing could be told from a difference.
     """
+    if model.dtype not in (torch.float32, torch.float64):
+        raise UnifyError(f"a model in {model.dtype}", "half precision hides a difference", "compare it in float32")
     runs = _inputs(model, text)
     training = model.training
     model.eval()
@@ -166,7 +170,7 @@ def check(model: PreTrainedModel, convert: Callable[[PreTrainedModel], object], 
     convert(model)
     errors = {name: _error(run(model), before[name]) for name, run in runs.items()}
     model.train(training)
-    return Check(errors, ROUNDING.get(next(iter(before.values())).dtype, HALF))
+    return Check(errors, ROUNDING)
 
 
 def _error(found: Tensor, expected: Tensor) -> float:
@@ -218,29 +222,34 @@ def convert_folder(
 
     The host's weights are copied byte for byte where they are safetensors and keep their dtype, and written by transformers
     otherwise; one copy is in memory at a time. The target appears under its name when all of it is written and, with
-    verify, the converted model's logits agreed with the host's on random tokens, text and decoding. Raises UnifyError and
-    leaves no target otherwise. say: told what is being done.
+    verify, the converted model's logits, in float32, agreed with the host's on random tokens, text and decoding. Raises
+    UnifyError and leaves no target otherwise. say: told what is being done.
     """
     source, target = Path(source), Path(target)
     if target.exists():
         raise UnifyError(str(target), "it exists already", "name a folder that does not exist")
-    say("reading")
-    model = open_host(source, **({} if dtype is None else {"dtype": dtype}))
-    result = None
+    if (source / RECORD).exists():
+        raise UnifyError(str(source), "it is metaplastic already", "name the host's folder")
     give = lambda model: metaplastic(model, importance, rank=rank, quiet=True)  # noqa: E731
+    say("reading")
     if verify:
+        model = open_host(source, dtype=torch.float32)
         say("comparing logits")
         result = check(model, give, _tokens(source))
         if not result.ok:
             raise UnifyError(str(source), f"the converted model is not its host: {result}", "report this host's mixer")
     else:
-        give(model)
+        model, result = give(open_host(source, dtype=dtype or "auto")), None
+    copied = adapter_only or (dtype is None and _safetensors(source))
+    if verify and not copied:
+        del model
+        model = give(open_host(source, dtype=dtype or "auto"))
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.", suffix=".partial") as scratch:
         made = Path(scratch) / target.name
         if adapter_only:
             save_adapter(model, made)
-        elif dtype is None and _safetensors(source):
+        elif copied:
             _copy(source, made, say)
             save_adapter(model, made)
         else:
@@ -283,13 +292,14 @@ def _tokens(folder: Path) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a layer that mixes tokens. name: in the model; kind: its class; source: its triple, or None where it stays
-    as it is; adds: parameters a conversion would add, or has added."""
+    """A part of a layer that mixes tokens. name: in the model; kind: its class; source: the triple it is, or None where it
+    stays as it is; target: the triple it would become; adds: parameters that would be added."""
 
     name: str
     kind: str
-    source: object | None
-    adds: int
+    source: Triple | None
+    target: Triple | None = None
+    adds: int = 0
 
 
 def inspect_folder(
@@ -302,12 +312,13 @@ def inspect_folder(
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
     total = sum(p.numel() for p in model.parameters())
-    added: dict[str, int] = {}
     if mixers(model):
         metaplastic(model, importance, rank=rank, quiet=True)
-        added = {
-            name: sum(p.numel() for p in model.get_submodule(name).importance.parameters()) for name in mixers(model)
-        }
-        unmetaplastic(model)
-    found = [Part(n, type(m).__name__, family(m) and family(m).source, added.get(n, 0)) for n, m in parts(model)]
-    return config.model_type, total, found
+    return config.model_type, total, [_part(name, m) for name, m in parts(model)]
+
+
+def _part(name: str, mixer: nn.Module) -> Part:
+    if not isinstance(mixer, Adapter):
+        return Part(name, type(mixer).__name__, None)
+    adds = sum(p.numel() for p in mixer.importance.parameters())
+    return Part(name, type(mixer).__bases__[1].__name__, mixer.source, mixer.op.triple, adds)

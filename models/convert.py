@@ -45,7 +45,7 @@ class Conversion:
 
     def __str__(self):
         kinds = {kind: list(self.mixers.values()).count(kind) for kind in SHAPES}
-        made = " and ".join(f"{n} mixers with a {kind} importance" for kind, n in kinds.items() if n)
+        made = " and ".join(f"{n} mixer{'s' * (n > 1)} with a {kind} importance" for kind, n in kinds.items() if n)
         trained = "the importance alone trains" if self.frozen else "everything trains"
         return f"{made}: {self.added:,} of {self.total:,} parameters added ({self.added / self.total:.2%}); {trained}"
 

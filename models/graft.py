@@ -11,9 +11,11 @@ from __future__ import annotations
 import __future__
 
 import ast
+import dis
 import inspect
 import textwrap
 from collections.abc import Iterable
+from functools import cache
 from types import FunctionType
 
 from unify.errors import UnifyError
@@ -21,9 +23,10 @@ from unify.errors import UnifyError
 SEEN = "_unify_seen"  # the local variable that holds what the input projection read
 
 
-def calls(function: FunctionType) -> set[str]:
-    """Names a function may call."""
-    return set(inspect.unwrap(function).__code__.co_names)
+@cache
+def calls(function: FunctionType) -> frozenset[str]:
+    """Names of its module that a function uses."""
+    return frozenset(x.argval for x in dis.get_instructions(inspect.unwrap(function)) if x.opname == "LOAD_GLOBAL")
 
 
 def methods(cls: type) -> dict[str, FunctionType]:
@@ -38,8 +41,7 @@ class _Reroute(ast.NodeTransformer):
     """operator(a) -> self.operator(a, seen=x), self.projection(h) -> self.projection(x := h)."""
 
     def __init__(self, operators: Iterable[str], projections: Iterable[str]):
-        self.operators, self.projections = set(operators), set(projections)
-        self.reads = self.runs = 0
+        self.operators, self.projections, self.seen = set(operators), set(projections), False
 
     def visit_Call(self, node: ast.Call) -> ast.Call:
         self.generic_visit(node)
@@ -47,17 +49,16 @@ class _Reroute(ast.NodeTransformer):
             case ast.Name(id=name) if name in self.operators:
                 node.func = ast.Attribute(ast.Name("self", ast.Load()), name, ast.Load())
                 node.keywords.append(ast.keyword("seen", ast.Name(SEEN, ast.Load())))
-                self.runs += 1
             case ast.Attribute(value=ast.Name(id="self"), attr=name) if name in self.projections and node.args:
                 node.args[0] = ast.NamedExpr(ast.Name(SEEN, ast.Store()), node.args[0])
-                self.reads += 1
+                self.seen = True
         return node
 
 
 def rerouted(function: FunctionType, operators: Iterable[str], projections: Iterable[str]) -> FunctionType:
     """The same function with its operator exchanged, in the same module: what it looks up there it still finds there.
 
-    Raises UnifyError where the source is not at hand, or where no input projection is called before the operator is.
+    Raises UnifyError where the source is not at hand, or where no input projection is called.
     """
     plain = inspect.unwrap(function)
     where = f"{plain.__module__}.{plain.__qualname__}"
@@ -70,14 +71,11 @@ def rerouted(function: FunctionType, operators: Iterable[str], projections: Iter
     tree = ast.parse(textwrap.dedent("".join(lines)))
     change = _Reroute(operators, projections)
     tree = ast.increment_lineno(ast.fix_missing_locations(change.visit(tree)), first - 1)
-    if not change.reads or not change.runs:
-        missing = (
-            f"no operator by name ({', '.join(operators)})" if change.reads else f"none of {', '.join(projections)}"
-        )
+    if not change.seen:
         raise UnifyError(
             where,
-            f"it calls {missing}, so an importance has no place in it",
-            "use transformers 5.23 or later, or fla 0.6",
+            f"it calls an operator and none of the projections {', '.join(projections)}",
+            "a mixer that projects its input itself",
         )
     made: dict = {}
     flags = plain.__code__.co_flags & __future__.annotations.compiler_flag

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 from unify.errors import UnifyError
 from unify.models.graft import calls, graft, methods
+from unify.models.zoo import get
 from unify.op import Op, compile
-from unify.triple import Architecture, Posterior, Triple
+from unify.triple import Architecture, Triple
 
 SHAPES = {
     "key": "head",
@@ -97,13 +98,14 @@ def _refuse(**wanted) -> None:
     """An operator's option that changes what it computes and that no op of ours has."""
     for name, x in wanted.items():
         if x is not None and x is not False:
-            raise UnifyError(f"{name}={x!r}", "a metaplastic mixer has no such option", f"leave {name} at its default")
+            given = f"{name} {list(x.shape)}" if torch.is_tensor(x) else f"{name}={x!r}"
+            raise UnifyError(given, "a metaplastic mixer has no such option", f"leave {name} at its default")
 
 
 class Mamba2(Adapter):
     """Mamba-2 and the hybrids with its mixer: q = C, k = B, v = dt x, g = A dt, and D x beside it."""
 
-    source = Triple(Architecture(forgetting="head", scale=1.0))
+    source = get("mamba2").triple
     projections = ("in_proj",)
     operators = ("mamba2_split_conv1d_scan_combined", "mamba2_chunk_scan", "mamba2_selective_state_update")
 
@@ -111,28 +113,21 @@ class Mamba2(Adapter):
         """Everything in one kernel: not here, and the mixer goes on step by step."""
 
     def mamba2_chunk_scan(
-        self, x, dt, A, B, C, chunk_size=None, D=None, dt_bias=None, initial_states=None, dt_softplus=False,
+        self, hidden_states, dt, A, B, C, chunk_size=None, D=None, dt_bias=None, initial_states=None, dt_softplus=False,
         dt_limit=(0.0, float("inf")), return_final_states=False, z=None, seq_idx=None, *, seen, **kwargs,
     ):  # fmt: skip
-        """x: [B, T, H, P]; dt: [B, T, H]; A: [H], < 0; B, C: [B, T, G, N]; the state is [B, H, N, P + ...]."""
-        if dt_bias is not None:
-            dt = dt + dt_bias.to(dt.dtype)
-        dt = (F.softplus(dt) if dt_softplus else dt).clamp(*dt_limit).float()
-        o, state = self._scan(x, dt, A, B, C, D, z, initial_states, seen, _offsets(seq_idx))
+        """hidden_states: [B, T, H, P]; dt: [B, T, H]; A: [H], < 0; B, C: [B, T, G, N]; the state is [B, H, N, P + ...]."""
+        dt = _step(dt, dt_bias, dt_softplus).clamp(*dt_limit)
+        o, state = self._scan(hidden_states, dt, A, B, C, D, z, initial_states, seen, _offsets(seq_idx))
         return (o, state) if return_final_states else o
 
     def mamba2_selective_state_update(
-        self, state, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False, *, seen, **kwargs
+        self, state, hidden_states, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False, *, seen, **kwargs
     ):
-        """One token, the state in place. x, dt: [B, H, P]; A: [H, P, N]; B, C: [B, G, N]; D, dt_bias: [H, P]."""
-        dt = dt[..., 0]
-        if dt_bias is not None:
-            dt = dt + dt_bias[:, 0].to(dt.dtype)
-        dt = (F.softplus(dt) if dt_softplus else dt).float()
-        one = (y[:, None] for y in (x, dt, B, C))
-        x, dt, B, C = one
-        D = None if D is None else D[:, 0]
-        o, new = self._scan(x, dt, A[:, 0, 0], B, C, D, None if z is None else z[:, None], state, seen, None)
+        """One token, the state in place. hidden_states, dt: [B, H, P]; A: [H, P, N]; B, C: [B, G, N]; D, dt_bias: [H, P]."""
+        dt = _step(dt[..., 0], dt_bias if dt_bias is None else dt_bias[:, 0], dt_softplus)
+        x, dt, B, C, z = (None if y is None else y[:, None] for y in (hidden_states, dt, B, C, z))
+        o, new = self._scan(x, dt, A[:, 0, 0], B, C, D if D is None else D[:, 0], z, state, seen, None)
         state.copy_(new)
         return o[:, 0].to(x.dtype)
 
@@ -147,6 +142,12 @@ class Mamba2(Adapter):
         )  # fmt: skip
         o = o.float() if D is None else o.float() + D.float()[:, None] * x.float()
         return (o if z is None else o * F.silu(z.float())), state
+
+
+def _step(dt: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
+    """The step size in float32, its bias added in the step's own precision, as the hosts do."""
+    dt = dt if bias is None else dt + bias.to(dt.dtype)
+    return (F.softplus(dt) if softplus else dt).float()
 
 
 def _offsets(seq_idx: Tensor | None) -> Tensor | None:
@@ -187,7 +188,7 @@ class _Delta(Adapter):
 class DeltaNet(_Delta):
     """DeltaNet: no forgetting."""
 
-    source = Triple(Architecture(value="observation", precision="head"), Posterior(anchor="predicted"))
+    source = get("deltanet").triple
     operators = ("chunk_delta_rule", "fused_recurrent_delta_rule")
 
     def chunk_delta_rule(self, q, k, v, beta, **options):
@@ -200,9 +201,7 @@ class DeltaNet(_Delta):
 class GatedDeltaNet(_Delta):
     """Gated DeltaNet: one decay a value head; beta, and the gate, possibly still to be computed."""
 
-    source = Triple(
-        Architecture(forgetting="head", value="observation", precision="head"), Posterior(anchor="predicted")
-    )
+    source = get("gated_deltanet").triple
     operators = (
         "torch_chunk_gated_delta_rule",
         "torch_recurrent_gated_delta_rule",
@@ -227,9 +226,7 @@ class GatedDeltaNet(_Delta):
 class KDA(_Delta):
     """Kimi delta attention: one decay a key channel."""
 
-    source = Triple(
-        Architecture(forgetting="key", value="observation", precision="head"), Posterior(anchor="predicted")
-    )
+    source = get("kda").triple
     operators = ("chunk_kimi_delta_attention", "recurrent_kimi_delta_attention", "chunk_kda", "fused_recurrent_kda")
 
     def chunk_kda(
@@ -267,7 +264,7 @@ class _Evidence(Adapter):
 class GLA(_Evidence):
     """GLA: one decay a key channel."""
 
-    source = Triple(Architecture(forgetting="key"))
+    source = get("gla").triple
     operators = ("chunk_gla", "fused_chunk_gla", "fused_recurrent_gla")
 
     def chunk_gla(self, q, k, v, g=None, *, gk=None, **options):
@@ -295,7 +292,7 @@ class SimpleGLA(_Evidence):
 class RetNet(_Evidence):
     """RetNet: head h forgets at the fixed rate 1 - 2^(-5 - h)."""
 
-    source = Triple(Architecture(forgetting="fixed"))
+    source = get("retnet").triple
     operators = ("chunk_retention", "fused_chunk_retention", "parallel_retention", "fused_recurrent_retention")
 
     def chunk_retention(self, q, k, v, **options):
@@ -311,7 +308,7 @@ class RetNet(_Evidence):
 class Lightning(Adapter):
     """MiniMax's lightning attention: fixed decays. It calls no operator, so its forward is written out here."""
 
-    source = Triple(Architecture(forgetting="fixed", scale=1.0))
+    source = get("lightning").triple
     projections = ("qkv_proj",)
     classes = ("MiniMaxLightningAttention",)
 
@@ -337,6 +334,8 @@ FAMILIES: tuple[type[Adapter], ...] = (Mamba2, DeltaNet, GatedDeltaNet, KDA, GLA
 def family(mixer: nn.Module) -> type[Adapter] | None:
     """The adapter of a mixer, known by the operators its code calls (or by its class's name), or None."""
     cls = type(mixer)
+    if isinstance(mixer, Adapter):  # it has one already
+        return next(f for f in FAMILIES if issubclass(cls, f))
     called = set().union(*map(calls, methods(cls).values()))
     return next((f for f in FAMILIES if called & set(f.operators) or cls.__name__ in f.classes), None)
 

@@ -1,7 +1,6 @@
 """Small random models of other libraries, for the tests of conversion."""
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 SMALL = {
