@@ -132,7 +132,7 @@ def _mamba_ssm_model(config, folder: Path, dtype: torch.dtype | str | None = Non
     )
     model.load_state_dict(state, assign=True)
     model.tie_weights()
-    return model.to(dtype) if isinstance(dtype, torch.dtype) else model
+    return (model.to(dtype) if isinstance(dtype, torch.dtype) else model).eval()
 
 
 # -- is it the same? ---------------------------------------------------------------------------------------------------

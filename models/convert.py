@@ -55,9 +55,12 @@ def mixers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in model.named_modules() if family(m) is not None}
 
 
-def strangers(model: nn.Module) -> list[str]:
-    """Classes of layers' parts that no family knows: what a model without a known mixer is made of."""
-    return sorted({type(m).__name__ for m in model.modules() if hasattr(m, "layer_idx") and family(m) is None})
+def parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Name and module of every part of a layer that mixes tokens: it knows its layer's index, or has a family."""
+    for name, m in model.named_modules():
+        inner = (c for c in m.modules() if c is not m)
+        if family(m) is not None or (hasattr(m, "layer_idx") and not any(hasattr(c, "layer_idx") for c in inner)):
+            yield name, m
 
 
 def metaplastic(
@@ -88,8 +91,9 @@ def metaplastic(
         )
     found = mixers(model)
     if not found:
+        strangers = ", ".join(sorted({type(m).__name__ for _, m in parts(model)}))
         raise UnifyError(
-            f"{type(model).__name__} of {', '.join(strangers(model)) or 'layers without a mixer'}",
+            f"{type(model).__name__} of {strangers or 'layers without a mixer'}",
             "no mixer that can be made metaplastic exactly",
             "a model whose mixers call a known operator: Mamba-2, Gated DeltaNet, KDA, GLA, RetNet, DeltaNet, lightning",
         )
@@ -270,11 +274,3 @@ def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
         return load_file(folder / WEIGHTS)
     except (SafetensorError, OSError) as error:
         raise UnifyError(str(folder / WEIGHTS), f"it cannot be read ({error})", "save the adapter again") from error
-
-
-def parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Name and module of every part of a layer that mixes tokens: it knows its layer's index, or has a family."""
-    for name, m in model.named_modules():
-        inner = (c for c in m.modules() if c is not m)
-        if family(m) is not None or (hasattr(m, "layer_idx") and not any(hasattr(c, "layer_idx") for c in inner)):
-            yield name, m
