@@ -300,6 +300,27 @@ def test_awake_cached_is_uncached_and_a_padded_row_is_alone(name, kind):
     assert off(found[1:], whole[1:]) < 1e-5
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["mamba2", "qwen3_next", "kimi_linear", "minimax"])
+def test_awake_on_kernels_it_is_what_it_is_on_torch(name, kind, device):
+    """Prefill and decoding through the Triton backend, on a CPU in the interpreter."""
+    pytest.importorskip("triton")
+    ids, options = tokens(1, 37), {"max_new_tokens": 2, "do_sample": False, "output_logits": True}
+
+    def run(model):
+        with torch.no_grad():
+            out = model.generate(ids.to(model.device), **options, return_dict_in_generate=True, pad_token_id=0)
+        return torch.stack(out.logits).cpu()
+
+    model = converted(name, kind, **({"num_hidden_layers": 1} if name == "mamba2" else {}))
+    expected = run(model)
+    for mixer in mixers(model).values():  # a class of its own, so that no other test sees it
+        kernels = unify.compile(mixer.op.triple, backend="triton", checked=False)
+        mixer.__class__ = type("OnKernels", (type(mixer),), {"op": kernels})
+    assert off(run(model.to(device)), expected) < 1e-5
+
+
 @given(
     st.sampled_from([(8, 2), (8, 1), (4, 4), (6, 3)]),
     st.sampled_from([1, 2]),
