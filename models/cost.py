@@ -22,7 +22,7 @@ def budget(config: UnifyConfig, context: int | None = None) -> dict[str, Any]:
     state: numbers that a sequence carries from token to token, a memory's (convolution aside) or keys and values.
     flops: of one token forward, the last of the context: 2 a weight of every matrix, and what the recurrence or the
         attention itself takes; norms and other elementwise work are left out.
-    Returns {"rows": [{"layer", "layers", "parameters", "state", "flops"}, each of one layer], "parameters", "trained",
+    Returns {"rows": [{"layer", "layers", "parameters", "state", "flops"}, each of one layer], "parameters",
     "state", "bytes" (of the state: memories in float32, keys and values in bfloat16), "flops", "context"}.
     """
     context = context or config.max_position_embeddings
@@ -37,7 +37,6 @@ def budget(config: UnifyConfig, context: int | None = None) -> dict[str, Any]:
     return {
         "rows": [dict(zip(names, x, strict=True)) for x in rows],
         **dict(zip(names[1:5], total, strict=True)),
-        "trained": sum(x.numel() for x in model.parameters() if x.requires_grad),
         "context": context,
     }
 

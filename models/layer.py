@@ -85,18 +85,27 @@ def wide(x: Tensor) -> Tensor:
 class Gate(nn.Module):
     """An argument of the op: a projection of the hidden state, or, where it is static, a parameter of its own.
 
-    rank: of the projection, where it has channels; None is full.
+    rank: of the projection; None is full. learned: whether a static one is a parameter; if not it is a buffer.
     """
 
     def __init__(
-        self, recipe: Recipe, shape: tuple[int, ...], hidden_size: int, rank: int | None, static: bool = False
+        self,
+        recipe: Recipe,
+        shape: tuple[int, ...],
+        hidden_size: int,
+        rank: int | None = None,
+        *,
+        static: bool = False,
+        learned: bool = True,
     ):
         super().__init__()
         self.recipe, self.shape = recipe, shape
-        channels = math.prod(shape)
         self.down = nn.Linear(hidden_size, rank, bias=False) if rank and not static else None
-        self.up = None if static else nn.Linear(rank or hidden_size, channels, bias=False)
-        self.raw = None if recipe.start is None else nn.Parameter(torch.empty(shape))
+        self.up = None if static else nn.Linear(rank or hidden_size, math.prod(shape), bias=False)
+        if learned:
+            self.raw = None if recipe.start is None else nn.Parameter(torch.empty(shape))
+        else:
+            self.register_buffer("raw", torch.empty(shape))
 
     def start(self) -> dict[str, Tensor]:
         """What its own parameters start from."""
@@ -434,13 +443,12 @@ class Layer(nn.Module):
             elif x.name not in CONTENT and kind != "g of fixed":
                 recipe, lead = RECIPES[kind], () if static else (self._each(x),)
                 low = rank if x.dims and not recipe.full else None
-                self.gates[x.name] = Gate(recipe, (*lead, heads, *self._sizes(x)), self.hidden_size, low, static)
+                shape, learned = (*lead, heads, *self._sizes(x)), learn_prior or x.name != "prior_precision"
+                self.gates[x.name] = Gate(recipe, shape, self.hidden_size, low, static=static, learned=learned)
         if self.strength == "gate":
             shape = (self._shapes["v"][0], heads)
-            self.gates["strength"] = Gate(RECIPES["strength"], shape, self.hidden_size, None)
+            self.gates["strength"] = Gate(RECIPES["strength"], shape, self.hidden_size)
         self.importance_scale = nn.Parameter(torch.empty(heads)) if "importance" in self.gates else None
-        if "prior_precision" in self.gates:
-            self.gates["prior_precision"].raw.requires_grad_(learn_prior)
 
     def start(self) -> dict[str, Tensor]:
         """What its own parameters, those of its parts aside, start from."""
@@ -461,8 +469,7 @@ class Layer(nn.Module):
             elif hasattr(module, "start"):
                 for name, value in module.start().items():
                     getattr(module, name).copy_(value)
-        for name, parameter in self.named_parameters():
-            parameter._no_weight_decay = no_weight_decay(name)
+        spare_from_decay(self)
 
     def register_readout_hook(self, hook: Callable[[Readout], Any]) -> RemovableHandle:
         """Call hook(readout) after every forward. Without a hook nothing of it is computed. Returns a removable handle."""
@@ -620,9 +627,12 @@ class Layer(nn.Module):
         return LayerState(put(before.conv, after.conv), memory, put(before.length, after.length))
 
 
-def no_weight_decay(name: str) -> bool:
-    """Whether a parameter of that name is a scale, a bias or a rate, which decay towards 0 would distort."""
-    return name.rpartition(".")[2] in ("A_log", "dt_bias", "D", "raw", "importance_scale", "conv_bias")
+def spare_from_decay(module: nn.Module) -> None:
+    """Flag (`_no_weight_decay`) the scales, rates and biases of layers: an optimizer must not pull them towards 0."""
+    own = ("A_log", "dt_bias", "D", "raw", "importance_scale", "conv_bias")
+    for name, parameter in module.named_parameters():
+        if name.rpartition(".")[2] in own:
+            parameter._no_weight_decay = True
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from unify.errors import UnifyError
 from unify.models.configuration import MEMORY, UnifyConfig
-from unify.models.layer import Layer, LayerState, Packing
+from unify.models.layer import Layer, LayerState, Packing, spare_from_decay
 
 MASKS = {
     MEMORY: create_recurrent_attention_mask,
@@ -161,11 +161,18 @@ class UnifyPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ("Block",)
     _skip_keys_device_placement = ("past_key_values",)
-    _keep_in_fp32_modules_strict = ("A_log", "dt_bias")
+    _keep_in_fp32_modules_strict = ("A_log", "dt_bias", "raw", "importance_scale")
     _supports_sdpa = True
     _supports_flash_attn = True
     _is_stateful = True  # a state cannot be taken back, so there is no assisted generation
     _can_record_outputs = {"hidden_states": Block, "attentions": LlamaAttention}  # noqa: RUF012
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any):
+        """As transformers', which makes new parameters: flags of theirs are set again."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        spare_from_decay(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

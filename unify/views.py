@@ -50,14 +50,11 @@ def budget_table(budget: dict) -> tuple[Table, Text]:
         made.add_row(row["layer"], str(row["layers"]), *(f"{x:,}" for x in each))
     total = (f"{budget[name]:,}" for name in ("parameters", "state", "flops"))
     made.add_row("together", "", *total, style="bold")
-    frozen = budget["parameters"] - budget["trained"]
     note = (
         "\nEach row counts all its layers. State: numbers a sequence carries, "
         f"{budget['bytes'] / 2**20:.1f} MiB (memories in float32, keys and values in bfloat16). "
         f"Flops: one token forward; state and flops of attention after {budget['context']:,} tokens."
     )
-    if frozen:
-        note += f" Of the parameters {frozen:,} are not trained."
     return made, Text(note, style="dim")
 
 
