@@ -62,7 +62,7 @@ RECIPES = {
     "importance": Recipe(torch.sigmoid),  # times a scale per head
     "strength": Recipe(torch.sigmoid),  # of the evidence
     "rate": Recipe(torch.sigmoid),  # of a key that is made from another
-    "temperature": Recipe(torch.sigmoid, 0.0),
+    "temperature": Recipe(lambda x: torch.sigmoid(x).clamp(min=1e-4), 0.0),  # it divides
     "noise": Recipe(F.softplus, _raw(0.01)),
     "prior_precision": Recipe(torch.exp, 0.0),
     "gain": Recipe(torch.exp, 0.0),
@@ -331,7 +331,7 @@ class Layer(nn.Module):
         hidden_size: int,
         num_heads: int,
         head_dim: int,
-        expand_v: float = 1.0,
+        expand_v: float | int = 1,
         *,
         num_v_heads: int | None = None,
         conv_size: int = 4,
@@ -365,7 +365,7 @@ class Layer(nn.Module):
         self._readout_hooks: dict[int, Callable] = OrderedDict()
         self.reset_parameters()
 
-    def _check(self, expand_v: float, qk_norm: str | None) -> None:
+    def _check(self, expand_v: float | int, qk_norm: str | None) -> None:
         a = self.triple.architecture
         choices = {
             "strength": (self.strength, (None, "gate", "dt")),
@@ -611,7 +611,8 @@ class Layer(nn.Module):
         shape = (*o.shape[-2:],) if self.norm == "head" else (-1,)
         o = o.flatten(-2).unflatten(-1, shape)
         g = act(self.gate_proj(x)).unflatten(-1, shape) if act else 1
-        o = self.out_norm(o) * g if self.norm == "head" else self.out_norm(o * g)
+        norm = lambda y: self.out_norm(y.to(self.out_norm.weight.dtype))  # noqa: E731, autocast narrows o only
+        o = norm(o) * g if self.norm == "head" else norm(o * g)
         return self.out_proj(o.flatten(2))
 
     def _spread(self, x: Tensor, before: LayerState | None, after: LayerState, packing: Packing) -> LayerState:
