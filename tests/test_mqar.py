@@ -1,0 +1,348 @@
+"""Multi-query associative recall: the task by its definition, a run that learns, a sweep that loses nothing, what is drawn."""
+
+import json
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_cli import complaint, terminal, too_wide, unify  # noqa: F401
+
+from unify.errors import UnifyError
+from unify.mqar import run as running
+from unify.mqar import sweep as sweeping
+from unify.mqar.report import draw, markdown, standings
+from unify.mqar.run import MODELS, Run, accuracy, config, cost, small_decays, train
+from unify.mqar.sweep import grid, load, sweep
+from unify.mqar.task import IGNORED, Task
+
+TINY = Task(16, 2, vocab=16)
+SMALL = {
+    "sequences": 512,
+    "epochs": 12,
+    "batch": 32,
+    "d_model": 16,
+    "heads": 2,
+    "head_dim": 8,
+    "expand_v": 1.0,
+    "tests": 128,
+}
+
+# -- the task ----------------------------------------------------------------------------------------------------------
+
+
+def faults(task: Task, inputs, targets) -> list[str]:
+    """What the definition of the task forbids, row by row; the last binding of a key counts."""
+    found, half, bound = [], task.vocab // 2, 2 * task.pairs
+    for x, y in zip(inputs.tolist(), targets.tolist(), strict=True):
+        memory, asked = {}, []
+        for k, v in zip(x[0:bound:2], x[1:bound:2], strict=True):
+            memory[k] = v
+            found += [] if 0 < k < half <= v < task.vocab else ["a binding of other tokens"]
+        for place in range(task.length):
+            if y[place] == IGNORED:
+                found += ["a query without an answer"] if place >= bound and x[place] else []
+                continue
+            asked.append(x[place])
+            found += [] if place >= bound else ["an answer among the bindings"]
+            found += [] if x[place] in memory else ["a query that was not seen"]
+            found += [] if memory.get(x[place]) == y[place] else ["an answer that is not its key's value"]
+        found += [] if sorted(asked) == sorted(memory) else ["a key that is not asked for once"]
+        found += [] if len(memory) == task.keys else ["keys bound more than once"]
+        found += [] if len(set(x[1:bound:2])) == task.pairs else ["a value twice"]
+    return sorted(set(found))
+
+
+@given(st.integers(1, 8), st.integers(0, 5), st.integers(0, 4), st.sampled_from([0.01, 0.5]), st.integers(0, 3))
+def test_every_query_was_seen_and_its_answer_is_its_key_s_last_value(pairs, room, again, power, seed):
+    task = Task(4 * pairs + 2 * room, pairs, 2 * pairs + 2 + 2 * room, power, min(again, pairs // 2))
+    inputs, targets = task.make(20, seed)
+    assert inputs.shape == targets.shape == (20, task.length)
+    assert faults(task, inputs, targets) == []
+
+
+def test_every_fault_is_seen():
+    task = Task(20, 4, vocab=32, overwrites=1)
+    inputs, targets = task.make(1, 0)
+    assert faults(task, inputs, targets) == []
+    query = (targets[0] != IGNORED).nonzero()[0, 0]
+    other = next(k for k in range(1, 16) if k not in inputs[0].tolist())
+
+    def planted(place, token=None, answer=None):
+        x, y = inputs.clone(), targets.clone()
+        x[0, place] = x[0, place] if token is None else token
+        y[0, place] = y[0, place] if answer is None else answer
+        return faults(task, x, y)
+
+    assert "an answer that is not its key's value" in planted(query, answer=17 if targets[0, query] != 17 else 18)
+    assert "a query that was not seen" in planted(query, token=other)
+    assert "a query without an answer" in planted(query, answer=IGNORED)
+    assert "a key that is not asked for once" in planted(query, answer=IGNORED)
+    assert "an answer among the bindings" in planted(0, answer=20)
+    assert "a binding of other tokens" in planted(0, token=20)
+    assert "a value twice" in planted(1, token=inputs[0, 3])
+    assert "keys bound more than once" in faults(replace(task, overwrites=0), inputs, targets)
+
+
+def test_it_is_a_function_of_its_seed_and_split_alone():
+    task = Task(32, 4, vocab=64)
+    first, longer = task.make(10, 3), task.make(700, 3)
+    assert all(torch.equal(a, b[:10]) for a, b in zip(first, longer, strict=True))
+    rows = {tuple(x.tolist()) for x in longer[0]}
+    assert len(rows) > 690
+    assert not rows & {tuple(x.tolist()) for x in task.make(700, 3, split=1)[0]}
+    assert not torch.equal(task.make(10, 4)[0], first[0])
+
+
+def test_queries_stand_where_the_power_law_puts_them():
+    """One query: its place has exactly the law's probabilities. 20,000 draws, five standard deviations."""
+    task = Task(20, 1, vocab=8, power=0.01)
+    _, targets = task.make(20_000, 0)
+    places = (targets != IGNORED).nonzero()[:, 1].numpy()
+    expected = np.arange(1, 10) ** (0.01 - 1.0)
+    expected /= expected.sum()
+    shares = np.bincount((places - 2) // 2, minlength=9) / len(places)
+    assert np.all(places % 2 == 0)
+    assert np.all(abs(shares - expected) < 5 * np.sqrt(expected * (1 - expected) / len(places)))
+    assert abs(shares - 1 / 9).max() > 0.1  # which an even law would not pass
+
+
+@pytest.mark.parametrize(
+    "sizes, sentence",
+    [
+        ({"length": 30, "pairs": 8}, "do not fit"),
+        ({"length": 33, "pairs": 8}, "even length"),
+        ({"pairs": 8, "overwrites": 5}, "bound twice at most"),
+        ({"length": 32, "pairs": 8, "vocab": 16}, "distinct tokens"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(sizes, sentence):
+    with pytest.raises(UnifyError, match=sentence):
+        Task(**sizes)
+
+
+def test_a_task_is_written_as_it_is_read():
+    for text in ("512x128", "64x8-4"):
+        assert str(Task.parse(text)) == text
+    with pytest.raises(UnifyError, match="write 512x128"):
+        Task.parse("512")
+
+
+# -- a run -------------------------------------------------------------------------------------------------------------
+
+
+class Oracle(torch.nn.Module):
+    """Answers with what it is told, whatever is asked."""
+
+    def __init__(self, answers):
+        super().__init__()
+        self.answers, self.lm_head = answers, torch.nn.Identity()
+        self.model = self
+
+    def forward(self, x, use_cache):
+        hidden = torch.nn.functional.one_hot(self.answers[: len(x)], 16).float()
+        self.answers = self.answers[len(x) :]
+        return type("Out", (), {"last_hidden_state": hidden})
+
+
+def test_accuracy_counts_right_answers_to_queries():
+    inputs, targets = TINY.make(50, 0)
+    answers = targets.long().clamp(min=0)
+    assert accuracy(Oracle(answers), inputs, targets, 16) == 1
+    asked = (targets != IGNORED).nonzero()
+    for row, place in asked[:10]:
+        answers[row, place] = 0
+    assert accuracy(Oracle(answers), inputs, targets, 16) == 1 - 10 / len(asked)
+    answers[targets == IGNORED] = 3  # nobody asked
+    assert accuracy(Oracle(answers), inputs, targets, 16) == 1 - 10 / len(asked)
+
+
+def test_a_run_learns_repeats_and_stops_when_it_has_solved_the_task():
+    sizes = {**SMALL, "epochs": 30, "batch": 64, "d_model": 32}
+    run, said = Run("mamba2", Task(8, 2, vocab=12), lr=2e-2, **sizes), []
+    record = train(run, also=(Task(16, 3, vocab=12),), progress=lambda *a: said.append(list(a)))
+    assert record["accuracy"] > 0.99
+    assert len(record["curve"]) < run.epochs
+    assert record["curve"] == said
+    assert record["curve"][0][2] < 0.7
+    assert set(record["others"]) == {"16x3"}
+    assert json.loads(json.dumps(record))["run"] == asdict(run)
+    short = replace(run, epochs=2)
+    again = train(short)
+    assert train(short)["curve"] == again["curve"]
+    assert train(replace(short, seed=2))["curve"] != again["curve"]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_of_the_comparison_trains(model):
+    record = train(Run(model, TINY, lr=1e-2, **{**SMALL, "sequences": 64, "epochs": 1, "tests": 16}))
+    assert np.isfinite(record["curve"]).all()
+    assert record["parameters"] == sum(p.numel() for p in _model(Run(model, TINY, **SMALL)).parameters())
+
+
+def _model(run):
+    from unify.models import UnifyForCausalLM
+
+    return UnifyForCausalLM(config(run))
+
+
+def test_the_set_up_is_the_paper_s():
+    model = _model(Run("palimpsa"))
+    c = model.config
+    assert (c.vocab_size, c.hidden_size, c.num_hidden_layers, c.intermediate_size) == (8192, 128, 2, 0)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert (Run("palimpsa").steps, Run("palimpsa").tests) == (60 * 781, 3000)
+    small_decays(model)
+    decay = model.model.layers[0].mixer.gates["g"]
+    assert torch.allclose(decay.A_log.exp(), torch.linspace(0.01, 0.16, 8))
+    assert torch.allclose(torch.nn.functional.softplus(decay.dt_bias)[[0, -1]], torch.tensor([0.1, 0.001]))
+
+
+@pytest.mark.parametrize("match", ["state", "parameters"])
+def test_matched_models_have_equal_numbers(match):
+    wanted = cost(config(Run("mamba2")))[match]
+    for model in ("palimpsa", "palimpsa_key", "mesanet", "meta_gdn"):
+        plain, matched = cost(config(Run(model)))[match], cost(config(Run(model, match=match)))[match]
+        assert abs(matched - wanted) <= abs(plain - wanted)
+        assert abs(matched / wanted - 1) < 0.02
+    with pytest.raises(UnifyError, match="a matched transformer"):
+        Run("transformer", match="state")
+    with pytest.raises(UnifyError, match="matched by no such number"):
+        Run("palimpsa", match="flops")
+    with pytest.raises(UnifyError, match="no such model"):
+        Run("palimpso")
+
+
+# -- a sweep -----------------------------------------------------------------------------------------------------------
+
+QUICK = {**SMALL, "sequences": 64, "epochs": 1, "tests": 16}
+
+
+def test_a_sweep_keeps_what_is_finished_and_goes_on(tmp_path):
+    path, said = tmp_path / "runs.jsonl", []
+    runs = grid(["mamba2", "transformer"], [TINY], [1e-2], [1, 2], **QUICK)
+    assert [r.seed for r in runs] == [1, 1, 2, 2]
+    first = sweep(runs[:2], path, jobs=2, say=lambda key, news: said.append((key, news["phase"])))
+    assert {key for key, state in said if state == "done"} == {r.key for r in runs[:2]}
+    text = path.read_text()
+    path.write_text(text + text[: len(text) // 4])  # a kill in the middle of a line
+    said.clear()
+    records = sweep(runs[:3], path, jobs=2, say=lambda key, news: said.append((key, news["phase"])))
+    assert [r["key"] for r in records] == [r.key for r in runs[:3]]
+    assert records[:2] == sorted(first, key=lambda r: r["key"] != runs[0].key)
+    assert {key for key, state in said if state == "running"} == {runs[2].key}
+    assert len(load(path)) == 3
+
+
+def test_a_run_that_fails_costs_no_other(tmp_path):
+    said = {}
+    bad = Run("mamba2", TINY, lr=1e-2, **{**QUICK, "batch": 0})
+    good = Run("transformer", TINY, lr=1e-2, **QUICK)
+    records = sweep([bad, good], tmp_path / "r.jsonl", say=lambda key, news: said.setdefault(key, []).append(news))
+    assert [r["key"] for r in records] == [good.key]
+    assert said[bad.key][-1]["phase"] == "failed"
+    assert "ZeroDivisionError" in said[bad.key][-1]["why"]
+
+
+def test_a_file_of_something_else_is_refused(tmp_path):
+    for text in ("{}\n", "hello\n", '{"key": 1}\n'):
+        (tmp_path / "r.jsonl").write_text(text)
+        with pytest.raises(UnifyError, match="no record of a run"):
+            load(tmp_path / "r.jsonl")
+
+
+def test_an_interrupt_is_passed_on_and_what_is_finished_stays(tmp_path, monkeypatch):
+    done = {"key": Run("mamba2", TINY, **QUICK).key, "accuracy": 1.0}
+
+    def interrupted(*args):
+        yield Run("mamba2", TINY, **QUICK), done
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweeping, "_finished", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(grid(["mamba2", "gla"], [TINY], [2.154e-3], [1], **QUICK), tmp_path / "r.jsonl")
+    assert load(tmp_path / "r.jsonl") == [done]
+
+
+# -- what they show ----------------------------------------------------------------------------------------------------
+
+
+def record(model, value, lr=1e-3, seed=1, task=TINY, **more):
+    """A record as `train` makes it, with a given accuracy."""
+    run = Run(model, task, lr=lr, seed=seed, **QUICK)
+    costs = {"parameters": 100, "state": 10 * task.length, "flops": 5}
+    curve = [[4, 2.0, value / 2], [8, 1.0, value]]
+    return {"run": asdict(run), "key": run.key, **costs, "accuracy": value, "others": {}, "curve": curve, **more}
+
+
+RECORDS = [
+    record("palimpsa", 0.9, 1e-3, 1), record("palimpsa", 0.7, 1e-3, 2), record("palimpsa", 0.95, 1e-2, 1),
+    record("palimpsa", 0.1, 1e-2, 2), record("mamba2", 0.5, others={"32x2": 0.25}),
+    record("mamba2", 0.4, task=Task(32, 4, vocab=16)),
+]  # fmt: skip
+
+
+def test_the_rate_is_chosen_by_the_mean_and_the_spread_is_shown():
+    found = standings(RECORDS)
+    best = found[0]
+    assert (best.model, best.lr, best.mean, best.accuracies, best.lrs) == ("palimpsa", 1e-3, 0.8, (0.9, 0.7), 2)
+    assert [(s.model, str(s.task)) for s in found] == [("palimpsa", "16x2"), ("mamba2", "16x2"), ("mamba2", "32x4")]
+    page = markdown(found)
+    assert "| 16x2 | Palimpsa | 0.800 | 0.700 to 0.900 | 2 | 0.001, best of 2 | 160 | 100 | 5 |" in page
+    assert "| 16x2, read at 32x2 | Mamba-2 | 0.250 |" in page
+    with pytest.raises(UnifyError, match="nothing to show"):
+        standings([])
+
+
+def test_it_is_drawn(tmp_path):
+    files = draw(standings(RECORDS), tmp_path)
+    assert sorted(f.name for f in files) == ["mqar.png", "mqar.svg", "mqar_curves.png", "mqar_curves.svg"]
+    text = (tmp_path / "mqar.svg").read_text()
+    assert text.startswith("<?xml")
+    assert all(f.stat().st_size > 1000 for f in files)
+
+
+@pytest.mark.slow
+def test_the_command_line(tmp_path):
+    where = ["-o", tmp_path / "r.jsonl"]
+    small = [
+        "--tasks",
+        "16x2",
+        "--lr",
+        "2e-2",
+        "--epochs",
+        "2",
+        "--sequences",
+        "64",
+        "--batch",
+        "32",
+        "--device",
+        "cpu",
+    ]
+    page = unify(
+        "mqar", "--toy", "--models", "mamba2,transformer", *small, *where, "--also", "24x2", "--plot", tmp_path
+    )
+    assert too_wide(page) == []
+    assert "16x2       Mamba-2" in page
+    assert "at 24x2  Transformer" in page
+    assert (tmp_path / "mqar.png").exists()
+    again = json.loads(unify("mqar", "--toy", "--models", "mamba2", *small, *where, "--also", "24x2", "--json"))
+    assert [x["model"] for x in again] == ["mamba2", "transformer"]  # nothing was trained again, both are in the file
+    assert len(load(tmp_path / "r.jsonl")) == 2
+
+
+def test_mistakes_on_the_command_line():
+    assert "no such model" in complaint("mqar", "--models", "palimpso")
+    assert "no list of numbers" in complaint("mqar", "--seeds", "one")
+    assert "nothing is trained there" in complaint("mqar", "--device", "tpu")
+    assert "write 512x128" in complaint("mqar", "--tasks", "512")
+
+
+def test_the_toy_is_what_the_readme_says_it_is():
+    from unify.cli_mqar import TOY, TOY_RATE, TOY_TASK
+
+    run = Run("mamba2", Task.parse(TOY_TASK, vocab=64), lr=float(TOY_RATE), **TOY)
+    assert (run.steps, run.task.length, run.task.pairs) == (1024, 32, 8)
+    assert running.SOLVED == 0.99

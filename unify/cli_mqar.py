@@ -1,0 +1,166 @@
+"""`unify mqar`: train models on multi-query associative recall, side by side."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .cli import Json, _console, _dump, _usage, app
+
+TOY = {
+    "sequences": 4096,
+    "epochs": 16,
+    "batch": 64,
+    "d_model": 32,
+    "heads": 2,
+    "head_dim": 16,
+    "expand_v": 1.0,
+    "tests": 512,
+}
+TOY_MODELS, TOY_TASK, TOY_RATE = "mamba2,palimpsa_key,gated_deltanet", "32x8", "5e-3"
+
+
+def _list(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _numbers(text: str, name: str, kind: type) -> list:
+    try:
+        return [kind(part) for part in _list(text)]
+    except ValueError:
+        raise _usage(f"{name} {text}", "it is no list of numbers", f"write {name} 1,2") from None
+
+
+@app.command()
+def mqar(
+    toy: Annotated[bool, typer.Option("--toy", help="Small enough for two minutes on two cores.")] = False,
+    models: Annotated[
+        str | None, typer.Option("--models", "-m", metavar="A,B", help="Models; also transformer.")
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option("--tasks", "-t", metavar="TxP", help="Tokens x pairs; TxP-O overwrites O keys.")
+    ] = None,
+    also: Annotated[str, typer.Option("--also", metavar="TxP", help="Tasks to read at, without training.")] = "",
+    rates: Annotated[str | None, typer.Option("--lr", metavar="A,B", help="Learning rates.")] = None,
+    seeds: Annotated[str, typer.Option("--seeds", metavar="A,B", help="Seeds.")] = "1",
+    match: Annotated[str, typer.Option("--match", help="none, state or parameters: equal to Mamba-2's.")] = "none",
+    epochs: Annotated[int | None, typer.Option("--epochs", min=1, help="Over the training set, at most.")] = None,
+    sequences: Annotated[int | None, typer.Option("--sequences", min=1, help="Of the training set.")] = None,
+    batch: Annotated[int | None, typer.Option("--batch", min=1, help="Sequences a step.")] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda, or auto: what there is.")] = "auto",
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs at a time, on the one device.")] = 2,
+    compiled: Annotated[bool, typer.Option("--compile", help="Through torch.compile.")] = False,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="One line of JSON a run; runs in it are not done again.")
+    ] = Path("mqar.jsonl"),
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="DIR", help="Draw what the file holds.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train models on multi-query associative recall; an interrupted sweep goes on where it was."""
+    from .models import zoo
+    from .mqar.report import draw, standings
+    from .mqar.run import ATTENTION, MODELS
+    from .mqar.sweep import grid, load, sweep
+    from .mqar.task import Task
+
+    names = _list(models or (TOY_MODELS if toy else ",".join(MODELS)))
+    names = [name if name == ATTENTION else zoo.get(name).name for name in names]
+    more: dict[str, Any] = dict(TOY) if toy else {}
+    more |= {k: v for k, v in {"epochs": epochs, "sequences": sequences, "batch": batch}.items() if v is not None}
+    given = {"vocab": 64} if toy else {}
+    learned = [Task.parse(text, **given) for text in _list(tasks or (TOY_TASK if toy else "512x128"))]
+    read = tuple(Task.parse(text, **given) for text in _list(also))
+    lrs = _numbers(rates or (TOY_RATE if toy else "1e-3,2.154e-3,4.642e-3,1e-2"), "--lr", float)
+    runs = grid(names, learned, lrs, _numbers(seeds, "--seeds", int), match=match, **more)
+    device = _device(device)
+    with _live(len(runs)) as say:
+        sweep(runs, output, device=device, jobs=jobs, compiled=compiled, also=read, say=say)
+    found = standings(load(output))
+    if plot is not None:
+        draw(found, plot)
+    if as_json:
+        _dump([{"model": s.model, "task": str(s.task), "match": s.match, "accuracies": s.accuracies, "lr": s.lr,
+                "state": s.state, "parameters": s.parameters, "flops": s.flops, "others": s.others} for s in found])  # fmt: skip
+        return
+    console = _console()
+    console.print(_table(found))
+    console.print(f"runs: {output}" + ("" if plot is None else f", plots: {plot}"), style="dim", markup=False)
+
+
+def _device(name: str) -> str:
+    from torch.cuda import is_available
+
+    if name not in ("auto", "cpu", "cuda"):
+        raise _usage(f"--device {name}", "nothing is trained there", "use cpu, cuda or auto")
+    return ("cuda" if is_available() else "cpu") if name == "auto" else name
+
+
+def _table(found: list) -> Any:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("task", "model", "accuracy", "least … largest", "lr", "state, bytes", "parameters"):
+        table.add_column(title, justify="left" if title in ("task", "model") else "right")
+    for s in found:
+        spread = f"{min(s.accuracies):.3f} … {max(s.accuracies):.3f}"
+        table.add_row(str(s.task), s.label, f"{s.mean:.3f}", spread, f"{s.lr:.2g}", f"{s.state:,}", f"{s.parameters:,}")
+        for task, accuracies in s.others.items():
+            spread = f"{min(accuracies):.3f} … {max(accuracies):.3f}"
+            table.add_row(f"  at {task}", s.label, f"{sum(accuracies) / len(accuracies):.3f}", spread, "", "", "")
+    return table
+
+
+@contextmanager
+def _live(total: int) -> Iterator[Callable[[str, dict], None]]:
+    """A table on stderr of what runs, what is done and what failed; lines instead where stderr is no terminal."""
+    from rich.live import Live
+    from rich.table import Table
+
+    console, start, state = _console(stderr=True), time.monotonic(), {}
+
+    def view() -> Table:
+        from .mqar.sweep import elapsed
+
+        done = sum(x["phase"] == "done" for x in state.values())
+        table = Table(title=f"{done} of {total} runs, {elapsed(start)}", box=None, pad_edge=False, title_justify="left")
+        for title in ("run", "step", "loss", "accuracy"):
+            table.add_column(title, justify="left" if title == "run" else "right")
+        for key, x in state.items():
+            if x["phase"] == "running":
+                table.add_row(
+                    _short(key),
+                    str(x.get("step", "")),
+                    *(f"{x[n]:.3f}" if n in x else "" for n in ("loss", "accuracy")),
+                )
+        return table
+
+    live = Live(view(), console=console, transient=True, refresh_per_second=4) if console.is_terminal else None
+
+    def say(key: str, news: dict) -> None:
+        state[key] = {**state.get(key, {}), **news}
+        if news["phase"] == "failed":
+            console.print(f"✗ {_short(key)}: {news['why']}", style="red", markup=False)
+        elif news["phase"] == "done" and live is None:
+            console.print(f"{_short(key)}: accuracy {news['accuracy']:.3f}", markup=False)
+        if live is not None:
+            live.update(view())
+
+    if live is None:
+        yield say
+    else:
+        with live:
+            yield say
+
+
+def _short(key: str) -> str:
+    """Model, task, rate and seed of a run's key."""
+    import re
+
+    length, pairs, over = (re.search(rf"{x}=(\d+)", key).group(1) for x in ("length", "pairs", "overwrites"))
+    model, rate, seed = re.search(r"model='(\w+)'.* lr=([\d.e-]+), seed=(\d+)", key).groups()
+    return f"{model} {length}x{pairs}" + (f"-{over}" if over != "0" else "") + f" lr {rate} seed {seed}"
