@@ -229,7 +229,7 @@ def test_a_sweep_keeps_what_is_finished_and_goes_on(tmp_path):
     text = path.read_text()
     path.write_text(text + text[: len(text) // 4])  # a kill in the middle of a line
     said.clear()
-    records = sweep(runs[:3], path, jobs=2, say=lambda key, news: said.append((key, news["phase"])))
+    records = sweep(runs[:3], path, say=lambda key, news: said.append((key, news["phase"])))
     assert [r["key"] for r in records] == [r.key for r in runs[:3]]
     assert records[:2] == sorted(first, key=lambda r: r["key"] != runs[0].key)
     assert {key for key, state in said if state == "running"} == {runs[2].key}

@@ -47,18 +47,22 @@ def add(path: Path, record: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def _work(run: Run, device: str, compiled: bool, also: tuple[Task, ...], queue) -> dict[str, Any]:
-    """In a worker: train, telling the queue of every epoch."""
+def _work(run: Run, device: str, compiled: bool, also: tuple[Task, ...], tell: Say) -> dict[str, Any]:
+    """Train, telling of every epoch."""
+
+    def progress(step: int, loss: float, accuracy: float) -> None:
+        tell(run.key, {"phase": "running", "step": step, "loss": loss, "accuracy": accuracy})
+
+    tell(run.key, {"phase": "running"})
+    return train(run, device, compiled=compiled, also=also, progress=progress)
+
+
+def _work_apart(run: Run, device: str, compiled: bool, also: tuple[Task, ...], queue) -> dict[str, Any]:
+    """`_work` in a process of its own, which shares the cores with others."""
     import torch
 
-    if device == "cpu":
-        torch.set_num_threads(1)
-
-    def tell(step: int, loss: float, accuracy: float) -> None:
-        queue.put((run.key, {"phase": "running", "step": step, "loss": loss, "accuracy": accuracy}))
-
-    queue.put((run.key, {"phase": "running"}))
-    return train(run, device, compiled=compiled, also=also, progress=tell)
+    torch.set_num_threads(1)
+    return _work(run, device, compiled, also, lambda key, news: queue.put((key, news)))
 
 
 def sweep(
@@ -79,6 +83,7 @@ def sweep(
     runs = list(dict.fromkeys(runs))
     done = {record["key"]: record for record in load(path)}
     waiting = [run for run in runs if run.key not in done]
+    jobs = min(jobs, len(waiting))
     for run in runs:
         say(run.key, {"phase": "done", **done[run.key]} if run.key in done else {"phase": "waiting"})
     for run, record in _finished(waiting, device, jobs, compiled, also, say):
@@ -89,13 +94,30 @@ def sweep(
 
 
 def _finished(waiting: list[Run], device: str, jobs: int, compiled: bool, also: tuple, say: Say) -> Iterator[tuple]:
-    """Runs with their records, as they finish."""
-    if not waiting:
+    """Runs with their records, as they finish; one job stays in this process."""
+    if jobs > 1:
+        yield from _finished_apart(waiting, device, jobs, compiled, also, say)
         return
+    for run in waiting:
+        try:
+            record = _work(run, device, compiled, also, say)
+        except Exception as error:
+            say(run.key, _failed(error))
+        else:
+            yield run, record
+
+
+def _failed(error: BaseException) -> dict[str, str]:
+    return {"phase": "failed", "why": f"{type(error).__name__}: {error}"}
+
+
+def _finished_apart(
+    waiting: list[Run], device: str, jobs: int, compiled: bool, also: tuple, say: Say
+) -> Iterator[tuple]:
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager, ProcessPoolExecutor(jobs, context) as pool:
         queue = manager.Queue()
-        work: dict[Future, Run] = {pool.submit(_work, r, device, compiled, also, queue): r for r in waiting}
+        work: dict[Future, Run] = {pool.submit(_work_apart, r, device, compiled, also, queue): r for r in waiting}
         try:
             while work:
                 finished, _ = wait(work, timeout=0.2, return_when=FIRST_COMPLETED)
@@ -106,10 +128,7 @@ def _finished(waiting: list[Run], device: str, jobs: int, compiled: bool, also: 
                     if future.exception() is None:
                         yield run, future.result()
                     else:
-                        say(
-                            run.key,
-                            {"phase": "failed", "why": f"{type(future.exception()).__name__}: {future.exception()}"},
-                        )
+                        say(run.key, _failed(future.exception()))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
