@@ -150,3 +150,20 @@ def test_folding_breaks_outside_parentheses_first():
 def test_text_of_a_free_energy_has_its_anchor_put_in():
     assert "anchor" not in str(free_energy(get("gated_deltanet").triple))
     assert "m_p[l, i]" in str(free_energy(get("gated_deltanet").triple))
+
+
+@pytest.mark.parametrize(
+    ("prior", "unicode", "tex"),
+    [
+        ("one", "(Id + P′)⁻¹ q", r"\left(\mathrm{Id} + P_{t}\right)^{-1} q_{t}"),
+        ("head", "(Λ₀ Id + P′)⁻¹ q", r"\left(\Lambda_{0} \, \mathrm{Id} + P_{t}\right)^{-1} q_{t}"),
+        ("key", "(diag(Λ₀) + P′)⁻¹ q", r"\left(\mathrm{diag}(\Lambda_{0}) + P_{t}\right)^{-1} q_{t}"),
+    ],
+)
+def test_a_solve_names_its_matrix(prior, unicode, tex):
+    exact = Triple(
+        Architecture(value="observation", precision="head"), Posterior(curvature="full"), Prior(precision=prior)
+    )
+    (step,) = (s for s in derive(exact).steps if s.solve is not None)
+    assert step.pretty()[1] == unicode
+    assert step.latex().endswith(tex)

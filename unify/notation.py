@@ -437,12 +437,11 @@ def solved(matrix: sp.Expr, right: sp.Expr, write) -> str:
             continue
         rest = term / delta
         text = write(_stripped(rest))
-        diagonal = bool(rest.atoms(sp.Indexed))
-        parts.append(
-            (rf"\mathrm{{diag}}({text})" if tex else f"diag({text})")
-            if diagonal
-            else (rf"{text} \, \mathrm{{Id}}" if tex else f"{text} Id")
-        )
+        if rest.atoms(sp.Indexed):
+            parts.append(rf"\mathrm{{diag}}({text})" if tex else f"diag({text})")
+        else:
+            times, identity = (r" \, ", r"\mathrm{Id}") if tex else (" ", "Id")
+            parts.append(identity if rest == 1 else text + times + identity)
     inner = " + ".join(parts)
     return (rf"\left({inner}\right)^{{-1}} " if tex else f"({inner})⁻¹ ") + write(_stripped(right))
 
