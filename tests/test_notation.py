@@ -11,7 +11,7 @@ from unify.confirm import random_values
 from unify.derive import derive
 from unify.energy import free_energy, precision_dims
 from unify.models.zoo import ZOO, get
-from unify.notation import Latex, energy_parts, fold, grouped, latex, plain, polynomial, pretty, tidy
+from unify.notation import MEANING, Latex, energy_parts, fold, glossary, grouped, latex, plain, polynomial, pretty, tidy
 from unify.symbols import SIZE, K, V, array, concrete, contract, i, j, symbol
 from unify.triple import Architecture, Posterior, Prior, Triple
 
@@ -167,3 +167,15 @@ def test_a_solve_names_its_matrix(prior, unicode, tex):
     (step,) = (s for s in derive(exact).steps if s.solve is not None)
     assert step.pretty()[1] == unicode
     assert step.latex().endswith(tex)
+
+
+def test_the_glossary_has_every_argument_and_state_of_the_zoo():
+    used = {x.name for triple in TRIPLES.values() for x in (*derive(triple).inputs, *derive(triple).states)}
+    assert used <= MEANING.keys()
+    rows = glossary()
+    assert [len({row[n] for row in rows}) for n in (0, 1)] == [len(MEANING) - 1] * 2  # only b has two uses
+    assert glossary(["S", "alpha", "prior_precision", "Ibar"]) == [
+        (r"\Lambda_{0}", "Λ₀", MEANING["prior_precision"]),
+        ("S", "S", MEANING["S"]),
+        (r"\bar{I}", "Ī", MEANING["Ibar"]),
+    ]

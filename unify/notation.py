@@ -9,6 +9,7 @@ there before what is added. The glyph of each name is given once, for Unicode an
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import sympy as sp
@@ -21,6 +22,7 @@ __all__ = [
     "Latex",
     "energy_parts",
     "fold",
+    "glossary",
     "grouped",
     "latex",
     "plain",
@@ -101,6 +103,13 @@ MEANING = {
     "p": "key that reads the anchor",
     "scale": "factor on the query",
 }
+
+
+def glossary(names: Iterable[str] = MEANING) -> list[tuple[str, str, str]]:
+    """(LaTeX, Unicode, meaning) of arguments and states by name, in the order of `MEANING`; of all of them by default."""
+    wanted = set(names)
+    return [(Latex()(array(x)).replace("_{t-1}", "").replace("_{t}", ""), _Pretty()(array(x)), said)
+            for x, said in MEANING.items() if x in wanted]  # fmt: skip
 
 
 def _split(name: str) -> tuple[str, str]:
