@@ -20,7 +20,11 @@ HOMING = Triple(
     Posterior(curvature="key", anchor="predicted"),
     Prior(precision="key", mean="entry"),
 )
-TRIPLES = {**{name: model.triple for name, model in ZOO.items()}, "prior mean": HOMING}
+COOLING = Triple(
+    Architecture(value="observation", precision="head", importance="head"),
+    Posterior(curvature="isotropic", anchor="predicted"),
+)
+TRIPLES = {**{name: model.triple for name, model in ZOO.items()}, "prior mean": HOMING, "isotropic": COOLING}
 SIZES = (2, 2)
 
 
@@ -29,13 +33,14 @@ def evaluate(text: str, env: dict):
     total = {
         "sum_j": lambda f: sum(f(a) for a in range(SIZES[0])),
         "sum_l": lambda f: sum(f(a) for a in range(SIZES[0])),
+        "sum_c": lambda f: sum(f(a) for a in range(SIZES[0])),
         "sum_jl": lambda f: sum(f(a, b) for a in range(SIZES[0]) for b in range(SIZES[0])),
     }
-    for name, letters in (("sum_jl(", "j, l"), ("sum_j(", "j"), ("sum_l(", "l")):
+    for name, letters in (("sum_jl(", "j, l"), ("sum_j(", "j"), ("sum_l(", "l"), ("sum_c(", "c")):
         text = text.replace(name, f"{name}lambda {letters}: ")
     text = text.replace("1/2*", "half*")
     delta = np.array([[sp.Integer(a == b) for b in range(SIZES[0])] for a in range(SIZES[0])], dtype=object)
-    return eval(text, {**env, **total, "delta": delta, "half": sp.Rational(1, 2), "exp": sp.exp, "sqrt": sp.sqrt})
+    return eval(text, {**env, **total, "delta": delta, "K": SIZES[0], "half": sp.Rational(1, 2), "exp": sp.exp, "sqrt": sp.sqrt})
 
 
 @pytest.mark.parametrize("name", TRIPLES)
