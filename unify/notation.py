@@ -46,6 +46,7 @@ GLYPHS = {
     "alpha": Glyph("α", r"\alpha"),
     "beta": Glyph("β", r"\beta"),
     "importance": Glyph("b", "b"),
+    "b": Glyph("b\u030c", r"\check{b}"),  # a key, where b is the importance
     "prior_precision": Glyph("Λ₀", r"\Lambda", "0"),
     "prior_mean": Glyph("μ₀", r"\mu", "0"),
     "noise": Glyph("w", "w"),
