@@ -2,12 +2,15 @@
 
 python notebooks/run.py              execute each into notebooks/executed/, pictures and all (make notebooks)
 python notebooks/run.py 2            the second one only
+python notebooks/run.py --pictures   execute each, and renew the committed pictures: pictures/NAME.png is what cell NAME shows
 python notebooks/run.py --strip      outputs, counts and this machine's metadata go; cells keep their ids (make format)
 """
 
 import os
+import re
 import sys
 import time
+from base64 import b64decode
 from pathlib import Path
 
 import nbformat
@@ -49,6 +52,22 @@ def faults(path: Path) -> list[str]:
     return found
 
 
+def shown(notebook: NotebookNode) -> list[str]:
+    """The cells whose pictures stand, committed, in the text: NAME of each pictures/NAME.png."""
+    prose = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+    return re.findall(r"\]\(pictures/([\w-]+)\.png\)", "\n".join(prose))
+
+
+def pictures(notebook: NotebookNode) -> dict[str, bytes]:
+    """The first PNG that each cell of an executed notebook shows as an output of its own, by the cell's id."""
+    found = {}
+    for cell in notebook.cells:
+        for output in cell.get("outputs", ()):
+            if "image/png" in output.get("data", {}):
+                found.setdefault(cell.id, b64decode(output.data["image/png"]))
+    return found
+
+
 def execute(path: Path) -> tuple[NotebookNode, float]:
     """The notebook with its outputs, and the seconds that took. Raises nbclient's CellExecutionError.
 
@@ -76,7 +95,7 @@ def execute(path: Path) -> tuple[NotebookNode, float]:
 
 
 def main(arguments: list[str]) -> None:
-    """Strip in place, or execute into a folder that git ignores."""
+    """Strip in place, or execute into a folder that git ignores; renew the committed pictures where asked to."""
     paths = [
         path for path in committed() if not (names := [x for x in arguments if x[0] != "-"]) or path.name[0] in names
     ]
@@ -89,6 +108,9 @@ def main(arguments: list[str]) -> None:
         out.parent.mkdir(exist_ok=True)
         out.write_text(written(notebook))
         print(f"{seconds:5.1f} s  {out.relative_to(HERE.parent)}")
+        for name in shown(notebook) if "--pictures" in arguments else ():
+            (HERE / "pictures").mkdir(exist_ok=True)
+            (HERE / "pictures" / f"{name}.png").write_bytes(pictures(notebook)[name])
 
 
 if __name__ == "__main__":
