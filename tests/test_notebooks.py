@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -61,12 +62,61 @@ def test_stripping_keeps_what_a_person_wrote(tmp_path):
     assert run.written(run.stripped(notebook)) == run.written(notebook)
 
 
+SYMBOL = re.compile(r"\\(?:mathrm|check|bar|hat)\s*\{[^}]*\}|\\(?:bar|hat)\s*\w|\\[A-Za-z]+|[A-Za-z]")
+WORDS = (
+    r"\displaystyle \begin \end \frac \sum \left \right \quad \log \partial \text \Rightarrow \ge \tilde \mathrm{diag} "
+    r"\mathrm{Id} \mathrm{KL} \mathcal \mathbb"
+).split()
+
+
+def symbols(latex: str) -> set[str]:
+    """The letters of a formula, with their marks; a tilde does not make another symbol."""
+    bare = re.sub(r"\\text\{[^}]*\}|\\(?:begin|end)\{\w+\}|\\\\\[\w+\]", " ", latex)
+    found = {re.sub(r"\\(bar|hat)\s*\{?(\w+)\}?", r"\\\1{\2}", x) for x in SYMBOL.findall(bare)}
+    return found - set(WORDS)
+
+
+def undefined(notebook) -> list[str]:
+    """Symbols in displayed formulas that no text before them mentions: "cell: symbol"."""
+    said, faults = set(), []
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            said |= {
+                x
+                for part in re.findall(r"\$(.+?)\$", cell.source.replace("$$", "$"), flags=re.S)
+                for x in symbols(part)
+            }
+            said |= {rf"\mathrm{{{word}}}" for word in re.findall(r"\w+", cell.source)}
+        for data in (out.get("data", {}) for out in cell.get("outputs", ())):
+            if "text/markdown" in data:
+                said |= {x for part in re.findall(r"\| \$(.+?)\$ \|", data["text/markdown"]) for x in symbols(part)}
+            elif data.get("text/latex", "").startswith("$"):
+                faults += [f"{cell.id}: {x}" for x in sorted(symbols(data["text/latex"]) - said)]
+    return faults
+
+
+def test_a_symbol_that_nobody_introduced_is_seen():
+    from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+    def found(text):
+        formula = new_output(
+            "display_data", {"text/latex": r"$\displaystyle \frac{\tilde{S}_{j}}{\Lambda_{0} + \bar{I}}$"}
+        )
+        cells = [new_markdown_cell(text, id="said"), new_code_cell("1", id="shown", outputs=[formula])]
+        return undefined(new_notebook(cells=cells))
+
+    assert found(r"$S_j$ is the memory, $\Lambda_0$ its precision, $\bar I$ what was gathered") == []
+    assert found(r"$S_j$ is the memory, $\bar I$ what was gathered") == [r"shown: \Lambda"]
+    assert found(r"$S$ is the memory, $\Lambda_0$ its precision, $I$ another") == [r"shown: \bar{I}", "shown: j"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", run.committed(), ids=lambda path: path.stem)
 def test_runs_and_its_claims_hold(path):
     notebook, seconds = run.execute(path)
     assert seconds < run.SECONDS
     assert set(run.shown(notebook)) <= run.pictures(notebook).keys()
+    assert undefined(notebook) == []
     with_sliders = [
         cell.id for cell in notebook.cells if cell.cell_type == "code" and "\nsliders(" in "\n" + cell.source
     ]
@@ -99,3 +149,14 @@ def test_a_false_claim_is_seen_and_the_kernel_is_this_interpreter(tmp_path):
     assert notebook.cells[0].outputs[0].text.strip() == sys.executable
     with pytest.raises(CellExecutionError, match="AssertionError"):
         run.execute(plant(tmp_path, "assert 1 == 2"))
+
+
+@pytest.mark.slow
+def test_a_slider_redraws_its_picture_in_a_kernel(tmp_path):
+    draw = "def draw(x):\n    figure, axes = canvas()\n    axes.plot([0, x])\n    return figure\n"
+    show = f"from unify.plots import Slider, canvas, sliders\n\n{draw}\ncontrol = sliders(draw, x=Slider(1.0, 0.0, 3.0))\ncontrol"
+    still, _ = run.execute(plant(tmp_path, show, "assert True"))
+    moved, _ = run.execute(plant(tmp_path, show, "control.widgets['x'].value = 2.0", "assert True"))
+    for notebook, text in ((still, "x = 1.0"), (moved, "x = 2.0")):
+        assert notebook.cells[0].outputs[0].data["text/plain"] == text
+    assert run.pictures(still)["cell-0"] != run.pictures(moved)["cell-0"]
