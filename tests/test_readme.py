@@ -15,7 +15,8 @@ def blocks(text: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", text, flags=re.S)
 
 
-def test_readme_code_runs(capsys):
+def test_readme_code_runs(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # it saves a model
     space: dict = {}
     code = blocks(README.read_text())
     assert len(code) >= 5
@@ -25,6 +26,7 @@ def test_readme_code_runs(capsys):
     assert "M_new[j, i] = M_p[j, i] + k[j]*v[i]" in printed
     assert "exactly 0" in printed
     assert "torch.Size([1, 256, 2, 32])" in printed
+    assert "2 mixers with a diagonal importance" in printed
 
 
 def test_readme_commands_exist():

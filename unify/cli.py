@@ -1,4 +1,4 @@
-"""The command line: `unify list, show, prove, verify, map, recall, bench, tour`.
+"""The command line: `unify list, show, prove, verify, map, recall, bench, tour`, and from `cli_models` `convert, inspect`.
 
 Heavy modules are imported inside the commands, so that `unify --help` answers at once. A mistake of the user's is one
 sentence on stderr and exit code 2; a proof or a check that fails is exit code 1.
@@ -582,6 +582,8 @@ def tour(
     if not result.good:
         raise typer.Exit(1)
 
+
+from . import cli_models  # noqa: E402, F401 - adds convert and inspect
 
 if __name__ == "__main__":
     main()
