@@ -1,6 +1,5 @@
 """Conversion of flash-linear-attention's models. They run in a process of their own (tests/fla_hosts.py says why)."""
 
-import fcntl
 import json
 import os
 import subprocess
@@ -10,7 +9,11 @@ from pathlib import Path
 
 import pytest
 from fla_hosts import FAULTS, HOSTS, IMPORTANCE
+from torch import nn
 
+from unify.models.mixers import family
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="flash-linear-attention is for Linux")
 SCRIPT = Path(__file__).with_name("fla_hosts.py")
 BOUND = 1e-5  # of logits, as parts of the largest
 SHARP = 1e-3  # of the embedding's gradient: a sum over everything after it
@@ -27,6 +30,8 @@ def report(*arguments: str) -> dict:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory, worker_id):
     """The report on the CPU, made once however many processes run the tests."""
+    import fcntl
+
     base = tmp_path_factory.getbasetemp()
     path = (base if worker_id == "master" else base.parent) / "fla.json"
     with path.with_suffix(".lock").open("w") as lock:
@@ -81,6 +86,11 @@ def test_wrong_groups_are_seen(found):
 
 def test_mixers_that_use_a_known_operator_otherwise_are_left_alone(found):
     assert found["strangers"] == []
+
+
+@pytest.mark.parametrize("name", ["Mamba2", "MiniMaxLightningAttention"])
+def test_a_class_of_the_same_name_elsewhere_is_not_taken_for_a_mixer(name):
+    assert family(type(name, (nn.Module,), {"__module__": "mamba_ssm.modules.mamba2"})()) is None
 
 
 @pytest.mark.gpu
