@@ -5,9 +5,12 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,12 +44,25 @@ def open_config(folder: str | Path):
         raise UnifyError(str(folder), f"its config.json cannot be read ({error})", "a checkpoint folder") from error
     if "model_type" not in raw and raw.keys() >= MAMBA_SSM:
         return _mamba_ssm_config(raw, folder)
+    _import_fla_for(raw.get("model_type"))
     try:
         return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     except (ValueError, KeyError, OSError) as error:
         given = f"{folder} of model_type {raw.get('model_type')!r}"
-        works = "transformers 5.23 or later; for flash-linear-attention's models, import fla first"
+        works = "transformers 5.23 or later; flash-linear-attention where it is one of its models"
         raise UnifyError(given, "transformers does not know this config", works) from error
+
+
+def _import_fla_for(kind: str | None) -> None:
+    """Import flash-linear-attention for a model type that transformers lacks, and give back the two that it takes."""
+    from transformers import AutoConfig, Mamba2Config, MambaConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if kind in CONFIG_MAPPING or "fla" in sys.modules or find_spec("fla") is None:
+        return
+    import_module("fla")
+    for config in (MambaConfig, Mamba2Config):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
 
 
 def open_host(folder: str | Path, **options) -> PreTrainedModel:
@@ -166,7 +182,12 @@ def check(model: PreTrainedModel, convert: Callable[[PreTrainedModel], object], 
     runs = _inputs(model, text)
     training = model.training
     model.eval()
-    before = {name: run(model) for name, run in runs.items()}
+    try:
+        before = {name: run(model) for name, run in runs.items()}
+    except Exception as error:  # kernels that want a GPU, above all
+        reason = " ".join(str(error).split())[:200]
+        works = "compare where its kernels run, or convert without comparing (--no-check)"
+        raise UnifyError(type(model).__name__, f"it does not run here ({reason})", works) from error
     convert(model)
     errors = {name: _error(run(model), before[name]) for name, run in runs.items()}
     model.train(training)

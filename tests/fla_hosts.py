@@ -11,14 +11,19 @@ import argparse
 import contextlib
 import importlib
 import json
+import sys
+import tempfile
 import warnings
+from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LogitsProcessorList
 from transformers.models.mamba2 import Mamba2Config, Mamba2ForCausalLM
 from transformers.utils import logging
 
-from unify.models.convert import metaplastic, unmetaplastic
+from unify.errors import UnifyError
+from unify.models.checkpoint import convert_folder, inspect_folder
+from unify.models.convert import load, metaplastic, unmetaplastic
 from unify.models.mixers import Adapter, family
 
 SMALL = {
@@ -228,6 +233,36 @@ def faults(name: str) -> dict[str, dict[str, float]]:
     return report
 
 
+def folders(home: Path) -> dict:
+    """A checkpoint folder opened, converted and loaded by a process that has not imported fla; its doubles come last."""
+    report = {"imported": "fla" in sys.modules}
+    (home / "config.json").write_text(json.dumps({"model_type": "gla", **SMALL, **HOSTS["gla"][1]}))
+    report["kind"], _, parts = inspect_folder(home)
+    report["mixers"] = [part.kind for part in parts]
+    report["mamba2"] = type(AutoConfig.for_model("mamba2")).__module__
+    build("gla", "cpu").save_pretrained(home / "host")
+    convert_folder(home / "host", home / "unchecked", verify=False)
+    try:
+        convert_folder(home / "host", home / "nothing")
+    except UnifyError as error:
+        report["without kernels"] = str(error)
+    doubles().install()
+    model, checked = convert_folder(home / "host", home / "converted")
+    report["checked"] = checked.errors
+    for p in scales(model):
+        p.data.fill_(0.5)
+    model.save_pretrained(home / "trained")
+    report["loaded"] = compare(run(load(home / "trained"), train=False), run(model, train=False))
+    report["unchecked"] = compare(run(load(home / "unchecked"), train=False), run(unmetaplastic(model), train=False))
+    AutoConfig.register("mamba2", importlib.import_module("fla.models").Mamba2Config, exist_ok=True)
+    return report
+
+
+def doubles():
+    """The module that imports fla."""
+    return importlib.import_module("fla_doubles")
+
+
 def strangers() -> list[str]:
     """Mixers of fla's that call a known operator in a way of their own, and yet have a family: there should be none."""
     layers = importlib.import_module("fla.layers")
@@ -237,17 +272,17 @@ def strangers() -> list[str]:
 
 def main() -> None:
     """Examine every host and print JSON."""
-    import fla_doubles
-
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", default="cpu")
     device = parser.parse_args().device
     warnings.simplefilter("ignore")
     logging.set_verbosity_error()
-    report = {"doubles": fla_doubles.errors(), "doubles, another epsilon": fla_doubles.errors(eps=1e-3)}
+    report = {}
     if device == "cpu":
-        fla_doubles.install()
+        with tempfile.TemporaryDirectory() as home:
+            report["folders"] = folders(Path(home))
         report["faults"] = faults("gla")
+    report |= {"doubles": doubles().errors(), "doubles, another epsilon": doubles().errors(eps=1e-3)}
     report["strangers"] = strangers()
     print(json.dumps(report | {"hosts": {name: examine(name, device) for name in HOSTS}}))
 

@@ -84,6 +84,17 @@ def test_wrong_groups_are_seen(found):
     }
 
 
+def test_folders_of_fla_models_are_opened_converted_and_loaded(found):
+    here = found["folders"]
+    assert not here["imported"]
+    assert (here["kind"], here["mixers"]) == ("gla", ["GatedLinearAttention"] * 2)
+    assert here["mamba2"].startswith("transformers.")  # fla takes the type for itself, and we gave it back
+    assert "GLAForCausalLM: it does not run here" in here["without kernels"]
+    assert max(here["checked"].values()) < BOUND
+    assert max(here["loaded"].values()) == 0
+    assert max(here["unchecked"].values()) < BOUND
+
+
 def test_mixers_that_use_a_known_operator_otherwise_are_left_alone(found):
     assert found["strangers"] == []
 
