@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,7 +43,7 @@ def open_config(folder: str | Path):
         raise UnifyError(str(folder), f"its config.json cannot be read ({error})", "a checkpoint folder") from error
     if "model_type" not in raw and raw.keys() >= MAMBA_SSM:
         return _mamba_ssm_config(raw, folder)
-    _import_fla_for(raw.get("model_type"))
+    _register(raw)
     try:
         return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     except (ValueError, KeyError, OSError) as error:
@@ -53,16 +52,20 @@ def open_config(folder: str | Path):
         raise UnifyError(given, "transformers does not know this config", works) from error
 
 
-def _import_fla_for(kind: str | None) -> None:
-    """Import flash-linear-attention for a model type that transformers lacks, and give back the two that it takes."""
-    from transformers import AutoConfig, Mamba2Config, MambaConfig
+def _register(raw: dict) -> None:
+    """Make transformers know a config of flash-linear-attention's, and whose `mamba2` this one is.
+
+    Importing fla, which transformers also does for its own Qwen3-Next, gives the type mamba2 to fla's class, which knows
+    no `layer_norm_epsilon`; fla's configs say `norm_eps`.
+    """
+    import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    if kind in CONFIG_MAPPING or "fla" in sys.modules or find_spec("fla") is None:
-        return
-    import_module("fla")
-    for config in (MambaConfig, Mamba2Config):
-        AutoConfig.register(config.model_type, config, exist_ok=True)
+    kind = raw.get("model_type")
+    theirs = "norm_eps" in raw if kind == "mamba2" else kind not in CONFIG_MAPPING
+    home = import_module("fla.models") if theirs and find_spec("fla") else transformers
+    mamba2 = (home if kind == "mamba2" else transformers).Mamba2Config
+    transformers.AutoConfig.register("mamba2", mamba2, exist_ok=True)
 
 
 def open_host(folder: str | Path, **options) -> PreTrainedModel:

@@ -22,7 +22,7 @@ from transformers.models.mamba2 import Mamba2Config, Mamba2ForCausalLM
 from transformers.utils import logging
 
 from unify.errors import UnifyError
-from unify.models.checkpoint import convert_folder, inspect_folder
+from unify.models.checkpoint import convert_folder, inspect_folder, open_config
 from unify.models.convert import load, metaplastic, unmetaplastic
 from unify.models.mixers import Adapter, family
 
@@ -236,11 +236,19 @@ def faults(name: str) -> dict[str, dict[str, float]]:
 def folders(home: Path) -> dict:
     """A checkpoint folder opened, converted and loaded by a process that has not imported fla; its doubles come last."""
     report = {"imported": "fla" in sys.modules}
-    (home / "config.json").write_text(json.dumps({"model_type": "gla", **SMALL, **HOSTS["gla"][1]}))
-    report["kind"], _, parts = inspect_folder(home)
-    report["mixers"] = [part.kind for part in parts]
-    report["mamba2"] = type(AutoConfig.for_model("mamba2")).__module__
+    configs = {
+        "gla": HOSTS["gla"][1],
+        "mamba2": MAMBA,
+        "mamba2 of fla": MAMBA | {"norm_eps": 1e-4},
+        "mamba2 again": MAMBA,
+    }
+    for kind, needs in configs.items():
+        (home / "config.json").write_text(json.dumps({"model_type": kind.split()[0], **SMALL, **needs}))
+        configs[kind] = open_config(home)
+    report["mamba2"] = [type(config).__module__ for kind, config in configs.items() if kind != "gla"]
     build("gla", "cpu").save_pretrained(home / "host")
+    report["kind"], _, parts = inspect_folder(home / "host")
+    report["mixers"] = [part.kind for part in parts]
     convert_folder(home / "host", home / "unchecked", verify=False)
     try:
         convert_folder(home / "host", home / "nothing")
