@@ -16,7 +16,7 @@ from unify.cli import app
 from unify.errors import UnifyError
 from unify.evaluate import PRESETS, Score, evaluate, scores
 
-WORDS = [f"w{i}" for i in range(90)]
+WORDS = [f"w{i}" for i in range(94)]
 CHOICES = 3
 TASK = """
 task: words
@@ -30,6 +30,19 @@ doc_to_text: "{{{{text}}}}"
 doc_to_target: answer
 doc_to_choice: "{{{{choices}}}}"
 metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+"""
+NEEDLE = """
+task: needle
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {data}}}
+  cache_dir: {cache}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{text}}}}"
+doc_to_target: "{{{{target}}}}"
+generation_kwargs: {{max_gen_toks: 3, do_sample: false, until: ["."]}}
+metric_list: [{{metric: exact_match}}]
 """
 
 
@@ -75,7 +88,7 @@ def checkpoints(tmp_path):
     vocabulary = {"<pad>": 0, "<s>": 1, "<unk>": 2, **{word: 3 + i for i, word in enumerate(WORDS)}}
     split = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     split.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=split, pad_token="<pad>", bos_token="<s>", unk_token="<unk>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=split, pad_token="<pad>", eos_token="<s>", unk_token="<unk>")
     plain, changed = host("mamba2"), unify.metaplastic(host("mamba2"), quiet=True)
     for name, p in changed.named_parameters():
         if name.endswith("importance.scale"):
@@ -115,6 +128,23 @@ def test_accuracy_is_the_one_computed_by_hand(harness, task, checkpoints, docume
         assert rows["acc"].value != by_hand(model, shifted)
         accuracies.append((acc, rows["acc_norm"].value))
     assert accuracies[0] != accuracies[1]
+
+
+def test_what_is_generated_is_what_the_model_generates(harness, checkpoints, documents, tmp_path, monkeypatch):
+    """A preset of needles is a task that generates; a third of the targets are what the model says, the rest are not."""
+    monkeypatch.setitem(PRESETS, "needles", ("needle",))
+    folder, model = list(checkpoints.items())[1]
+    lines = []
+    for n, d in enumerate(documents):
+        ids = torch.tensor([[3 + WORDS.index(word) for word in d["text"].split()]])
+        said = model.generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False)[0, ids.shape[1] :].tolist()
+        target = " ".join(WORDS[token - 3] for token in said if token > 2) if n % 3 == 0 else "w0"
+        lines.append(json.dumps({"text": d["text"], "target": target}))
+    (tmp_path / "needle.jsonl").write_text("\n".join(lines))
+    (tmp_path / "needle.yaml").write_text(NEEDLE.format(data=tmp_path / "needle.jsonl", cache=tmp_path / "cache"))
+    (row,) = evaluate(folder, ["needles"], include=tmp_path, batch_size=4, device="cpu")
+    assert (row.task, row.metric) == ("needle", "exact_match")
+    assert row.value == pytest.approx(1 / 3)
 
 
 def test_the_command_prints_and_writes(harness, task, checkpoints, documents, tmp_path):

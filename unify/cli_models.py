@@ -135,7 +135,7 @@ def evaluate_checkpoint(
     device: Annotated[str, typer.Option("--device", metavar="D", help="cpu, cuda, or auto: what there is.")] = "auto",
     to: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the scores into FILE.")] = None,
 ) -> None:
-    """Score a checkpoint on standard benchmarks, with lm-evaluation-harness (pip install 'unify-attention[eval]')."""
+    """Score a checkpoint on standard benchmarks, with lm-evaluation-harness (the extra `eval`)."""
     from .evaluate import evaluate, need_harness, table
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]

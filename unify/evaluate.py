@@ -63,9 +63,12 @@ def evaluate(
     harness is not installed, a task is not known or its data cannot be fetched, or the checkpoint cannot be opened.
     """
     need_harness()
+    path = Path(path)
+    if not path.is_dir():
+        raise UnifyError(str(path), "there is no such folder", "name the folder of a checkpoint")
     wanted = list(dict.fromkeys(name for task in tasks for name in PRESETS.get(task, (task,))))
-    manager = _manager(wanted, Path(path), include)
-    model, tokenizer = _open(Path(path), device)
+    manager = _manager(wanted, path, include)
+    model, tokenizer = _open(path, device)
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -104,8 +107,6 @@ def _open(path: Path, device: str) -> tuple[Any, Any]:
     from .models.checkpoint import open_host
     from .models.convert import RECORD, load
 
-    if not path.is_dir():
-        raise UnifyError(str(path), "there is no such folder", "name the folder of a checkpoint")
     if find_spec("unify.models.modeling"):
         import_module("unify.models.modeling")  # tells transformers of our own models
     model = (load if (path / RECORD).exists() else open_host)(path)
