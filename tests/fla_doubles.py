@@ -5,9 +5,10 @@ Importing fla takes transformers' model types mamba and mamba2 for itself, so th
 knows nothing of ours.
 """
 
-import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
+from unittest.mock import patch
 
 import torch
 from fla.modules.activations import ACT2FN
@@ -182,16 +183,18 @@ OPERATORS = {
 }
 
 
-def install() -> None:
-    """Put every double in its place, for the life of the process."""
+@contextmanager
+def installed() -> Iterator[None]:
+    """Every double in its place."""
     places = dict(MODULES)
     for module, (naive, *names) in OPERATORS.items():
         places |= {f"{module}.{name}": operator(naive) for name in names}
-    for place, double in places.items():
-        module, name = place.rsplit(".", 1)
-        getattr(importlib.import_module(module), name)  # a place that is not there would be no double of anything
-        setattr(importlib.import_module(module), name, double)
-    ACT2FN.update(silu=F.silu, swish=F.silu)
+    silu = dict.fromkeys(("silu", "swish"), F.silu)
+    with ExitStack() as all_of_them:
+        for place, double in places.items():
+            all_of_them.enter_context(patch(place, double))
+        all_of_them.enter_context(patch.dict(ACT2FN, silu))
+        yield
 
 
 # -- are they right? ---------------------------------------------------------------------------------------------------

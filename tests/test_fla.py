@@ -58,7 +58,7 @@ def test_an_importance_has_a_slope_an_effect_and_a_place_in_the_cache(found, nam
     here = found["hosts"][name][kind]
     assert here["slope"] > 1e-5
     assert here["effect"] > 1e-2
-    assert here["cache"] < BOUND
+    assert max(here["cache"].values()) < BOUND
 
 
 def test_doubles_are_what_they_stand_for(found):
@@ -113,4 +113,4 @@ def test_converted_hosts_round_as_their_hosts_on_a_gpu():
             for what, error in host[kind]["errors"].items():
                 assert error < 2 * host["rounding"][what] + 1e-2, (name, kind, what)
             assert host[kind]["slope"] > 1e-5
-            assert host[kind]["cache"] < 5e-2, (name, kind)
+            assert max(host[kind]["cache"].values()) < 5e-2, (name, kind)
