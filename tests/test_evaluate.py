@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict
 from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -158,11 +159,16 @@ def test_the_command_prints_and_writes(harness, task, checkpoints, documents, tm
     assert "acc_norm" in done.stdout
     record = json.loads(out.read_text())
     assert record["limit"] == 6
+    assert record["versions"]["torch"] == torch.__version__
     assert Score(**record["scores"][0]).value == acc
 
 
-def test_mistakes_are_one_sentence(harness, task, checkpoints, tmp_path):
-    folder = next(iter(checkpoints))
+def test_mistakes_are_one_sentence(harness, task, checkpoints, tmp_path, monkeypatch):
+    folder, model = next(iter(checkpoints.items()))
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model), "forward", Mock(side_effect=RuntimeError("no memory")))
+        with pytest.raises(UnifyError, match=r"it does not run here \(no memory\)"):
+            evaluate(folder, ["words"], include=task, device="cpu")
     with pytest.raises(UnifyError, match="task 'word': lm-evaluation-harness has none of that name; use words"):
         evaluate(folder, ["word"], include=task)
     with pytest.raises(UnifyError, match="nowhere: there is no such folder"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -146,6 +147,7 @@ def evaluate_checkpoint(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what every evaluation here does
     rows = evaluate(path, names, include=include, limit=limit, batch_size=batch_size, device=device)
     if to is not None:
-        record = {"model": str(path), "limit": limit, "scores": [asdict(row) for row in rows]}
+        versions = {name: version(name) for name in ("lm_eval", "transformers", "torch")}
+        record = {"model": str(path), "limit": limit, "versions": versions, "scores": [asdict(row) for row in rows]}
         to.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     _console().print(table(rows))

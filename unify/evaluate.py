@@ -75,7 +75,11 @@ def evaluate(
     length = getattr(model.config, "max_position_embeddings", None) or 0
     reach = {"max_length": max(length, NEEDLE_TOKENS)} if set(wanted) & set(PRESETS["needles"]) else {}
     harness = HFLM(model, backend="causal", tokenizer=tokenizer, batch_size=batch_size, **reach)
-    found = simple_evaluate(harness, tasks=wanted, task_manager=manager, limit=limit, log_samples=False)
+    try:
+        found = simple_evaluate(harness, tasks=wanted, task_manager=manager, limit=limit, log_samples=False)
+    except RuntimeError as error:  # memory that ran out, or kernels that want another device
+        reason = " ".join(str(error).split())[:200]
+        raise UnifyError(str(path), f"it does not run here ({reason})", "a smaller batch, or another device") from error
     return scores(found["results"])
 
 
