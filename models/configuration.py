@@ -12,7 +12,7 @@ import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, no_type_check
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
@@ -47,6 +47,7 @@ PUBLISHED = {
 """What the published layer of a model chooses that its triple does not say: options of `unify.models.Layer`."""
 
 
+@no_type_check  # `strict` checks the fields, and a configuration takes what it does not declare
 @strict
 class UnifyConfig(PreTrainedConfig):
     """Configuration of `UnifyForCausalLM`.
@@ -153,7 +154,7 @@ def _plain(entry: Any) -> Any:
     return entry
 
 
-def memory_of(entry: str | Mapping) -> tuple[Triple, dict[str, Any], dict[str, Any]]:
+def memory_of(entry: Any) -> tuple[Triple, dict[str, Any], dict[str, Any]]:
     """(triple, options of the published layer, options of its own) of an entry of `layers`. Raises UnifyError."""
     own = dict(entry) if isinstance(entry, Mapping) and "architecture" not in entry else {"memory": entry}
     memory = own.pop("memory", None)

@@ -23,11 +23,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import (
-    create_causal_mask,
-    create_recurrent_attention_mask,
-    create_sliding_window_causal_mask,
-)
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
@@ -40,8 +36,17 @@ from unify.errors import UnifyError
 from unify.models.configuration import MEMORY, UnifyConfig
 from unify.models.layer import Layer, LayerState, Packing, spare_from_decay
 
+
+def padding(attention_mask: Any, inputs_embeds: Tensor, **_: Any) -> Packing | None:
+    """Where the real tokens of this call are, one at a time or many; None where all are."""
+    if not torch.is_tensor(attention_mask) or attention_mask.ndim != 2:
+        return None
+    mask = attention_mask[:, -inputs_embeds.shape[1] :].bool()
+    return None if mask.all() else Packing.of_mask(mask)
+
+
 MASKS = {
-    MEMORY: create_recurrent_attention_mask,
+    MEMORY: padding,
     "full_attention": create_causal_mask,
     "sliding_attention": create_sliding_window_causal_mask,
 }
@@ -241,8 +246,6 @@ class UnifyModel(UnifyPreTrainedModel):
             shown = {"config": self.config, "inputs_embeds": x, "attention_mask": attention_mask}
             shown |= {"past_key_values": cache, "position_ids": position_ids}
             made = {kind: MASKS[kind](**shown) for kind in set(self.config.layer_types)}
-        if torch.is_tensor(made.get(MEMORY)):
-            made[MEMORY] = Packing.of_mask(made[MEMORY])
         return made if packing is None else {**made, MEMORY: packing}
 
 
