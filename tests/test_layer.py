@@ -417,3 +417,21 @@ def test_unknown_maps_and_empty_masks_are_refused():
         make(replace(triple, architecture=replace(triple.architecture, maps=("elu",))))
     with pytest.raises(UnifyError, match="there is no real token"):
         make(triple)(tokens(), attention_mask=torch.zeros(2, 7, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("name", ["palimpsa", "gated_deltanet", "mesanet"])
+def test_kernels_take_what_a_layer_makes(name, monkeypatch, tmp_path):
+    """Views, bfloat16 beside float32 and packed sequences, in Triton's interpreter."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("UNIFY_CACHE", str(tmp_path))
+    torch.set_default_dtype(torch.float32)
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    found = []
+    for backend in ("torch", "triton"):
+        layer = make(get(name).triple, num_v_heads=4, backend=backend).bfloat16()
+        y, state = layer(tokens(T=5).bfloat16(), attention_mask=mask, output_state=True)
+        y.float().square().sum().backward()
+        step = layer(tokens(T=1).bfloat16(), state=state)
+        found.append((y.float(), step.float(), *(p.grad.float() for p in layer.parameters())))
+    for x, expected in zip(*reversed(found), strict=True):
+        assert_close(x, expected, 0.05)
