@@ -317,7 +317,7 @@ class Layer(nn.Module):
     num_v_heads: heads of v and of the memory, a multiple of num_heads (each q and k then serves several); None is num_heads.
     conv_size: taps of the short convolution on q, k, v and other keys; 0 is none (and no silu). conv_bias: its bias.
     qk_norm: "l2" for unit q and k where the triple's maps do not say so.
-    rank: of the projections of gates that have channels: importance, forgetting per key, ...
+    rank: of the projections of gates that have channels (importance, forgetting per key, ...); 0 is full.
     strength: what multiplies evidence and importance: "gate" (a sigmoid per head), "dt" (the decay's step), None, or
         "auto": "gate" where v is evidence with an importance of its own.
     gate: "swish", "sigmoid" or None. norm: "head" (per head, before the gate) or "inner" (over all heads, after it).
@@ -378,6 +378,9 @@ class Layer(nn.Module):
                 raise UnifyError(
                     f"{name}={value!r}", f"a layer has no such {name}", f"use {', '.join(map(repr, allowed))}"
                 )
+        sizes = (self.hidden_size, self.num_heads, self.head_dim)
+        if min(sizes) < 1:
+            raise UnifyError(f"hidden_size, num_heads, head_dim = {sizes}", "a size is empty", "use 1 or more")
         unknown = set(a.maps) - {"l2", "rotary"}
         if unknown:
             raise UnifyError(f"maps={a.maps!r}", "architecture: a layer has no such map", "use 'l2' and 'rotary'")
@@ -495,11 +498,7 @@ class Layer(nn.Module):
         cu_seqlens: int64 offsets [N + 1] of packed sequences, with B = 1. position_ids: for rotary keys; None counts on.
         state: of the sequences of the batch, or of the N packed ones. Raises UnifyError as the op does.
         """
-        packing = attention_mask
-        if torch.is_tensor(packing):
-            packing = Packing.of_mask(packing)
-        elif cu_seqlens is not None:
-            packing = Packing(tuple(x.shape[:2]), cu_seqlens)
+        packing = _layout(x, attention_mask, cu_seqlens)
         if packing is not None:
             x, position_ids = packing.pack(x), None if position_ids is None else packing.pack(position_ids)
         before, rows = state, None if packing is None else packing.rows
@@ -626,6 +625,25 @@ class Layer(nn.Module):
         put = lambda old, new: old.index_copy(0, packing.rows, new.to(old.dtype))  # noqa: E731
         memory = type(after.memory)(*map(put, before.memory, after.memory))
         return LayerState(put(before.conv, after.conv), memory, put(before.length, after.length))
+
+
+def _layout(x: Tensor, mask: Tensor | Packing | None, cu_seqlens: Tensor | None) -> Packing | None:
+    """Where the sequences of x are, if not one a row. Raises UnifyError for a mask or offsets that do not fit x."""
+    packing = Packing.of_mask(mask) if torch.is_tensor(mask) else mask
+    if cu_seqlens is not None:
+        if packing is not None or len(x) != 1:
+            given = f"cu_seqlens with B={len(x)}{'' if packing is None else ' and attention_mask'}"
+            raise UnifyError(
+                given, "packed sequences lie in one row, without padding", "pass cu_seqlens alone, with B=1"
+            )
+        packing = Packing(tuple(x.shape[:2]), cu_seqlens)
+        if x.device.type == "cpu" and cu_seqlens[-1] != x.shape[1]:  # on a GPU a look would wait
+            given = f"cu_seqlens up to {int(cu_seqlens[-1])}"
+            raise UnifyError(given, f"the offsets do not cut T = {x.shape[1]} into sequences", f"end with {x.shape[1]}")
+    if packing is not None and packing.shape != tuple(x.shape[:2]):
+        given = f"attention_mask {list(packing.shape)}"
+        raise UnifyError(given, f"x is {list(x.shape)}", f"pass {list(x.shape[:2])}: a mask of the tokens of this call")
+    return packing
 
 
 def spare_from_decay(module: nn.Module) -> None:

@@ -144,7 +144,8 @@ class Block(GradientCheckpointingLayer):
         if isinstance(self.mixer, Layer):
             y = self._remember(x, mask, position_ids, past_key_values)
         else:
-            y, _ = self.mixer(x, position_embeddings, mask, past_key_values, sliding_window=self.window, **kwargs)
+            kwargs |= {"position_ids": position_ids, "sliding_window": self.window}  # asked for by flash attention
+            y, _ = self.mixer(x, position_embeddings, mask, past_key_values, **kwargs)
         hidden_states = hidden_states + y
         return hidden_states if self.mlp is None else hidden_states + self.mlp(self.mlp_norm(hidden_states))
 
@@ -227,7 +228,7 @@ class UnifyModel(UnifyPreTrainedModel):
             past_key_values = (
                 DynamicCache(config=self.config) if use_cache and past_key_values is None else past_key_values
             )
-        if position_ids is None:
+        if position_ids is None or cu_seqlens is not None:
             position_ids = _positions(x, attention_mask, past_key_values, packing)
         masks = self._masks(x, attention_mask, position_ids, past_key_values, packing)
         rotation = None if self.rotary_emb is None else self.rotary_emb(x, position_ids)

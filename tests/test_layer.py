@@ -411,12 +411,21 @@ def test_what_does_not_fit_is_refused(name, options, says):
         make(get(name).triple, **options)
 
 
-def test_unknown_maps_and_empty_masks_are_refused():
+def test_maps_sizes_and_masks_that_do_not_fit_are_refused():
     triple = get("gla").triple
     with pytest.raises(UnifyError, match="use 'l2' and 'rotary'"):
         make(replace(triple, architecture=replace(triple.architecture, maps=("elu",))))
+    with pytest.raises(UnifyError, match="a size is empty"):
+        make(triple, num_heads=0)
+    layer, ones = make(triple), torch.ones(2, 7, dtype=torch.int64)
     with pytest.raises(UnifyError, match="there is no real token"):
-        make(triple)(tokens(), attention_mask=torch.zeros(2, 7, dtype=torch.int64))
+        layer(tokens(), attention_mask=0 * ones)
+    with pytest.raises(UnifyError, match=r"pass \[2, 7\]"):
+        layer(tokens(), attention_mask=ones[:, 1:])
+    with pytest.raises(UnifyError, match="pass cu_seqlens alone, with B=1"):
+        layer(tokens(), cu_seqlens=torch.tensor([0, 7]))
+    with pytest.raises(UnifyError, match="end with 7"):
+        layer(tokens(B=1), cu_seqlens=torch.tensor([0, 6]))
 
 
 @pytest.mark.parametrize("name", ["palimpsa", "gated_deltanet", "mesanet"])
