@@ -20,6 +20,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from unify.errors import UnifyError
 from unify.models import zoo
+from unify.models.choices import PUBLISHED
 from unify.models.layer import Layer
 from unify.triple import Triple
 
@@ -30,22 +31,6 @@ MEMORY = "unify_memory"
 OPTIONS = tuple(inspect.signature(Layer).parameters)[2:]
 """Options of a layer: everything but its triple and hidden_size."""
 
-_MAMBA = {"strength": "dt", "norm": "inner", "norm_eps": 1e-5, "skip": True, "conv_bias": True}
-PUBLISHED = {
-    "mamba2": _MAMBA,
-    "metamamba2": _MAMBA,
-    "palimpsa": {"qk_norm": "l2", "skip": True},
-    "palimpsa_key": {"qk_norm": "l2", "skip": True},
-    "gla": {"conv_size": 0},
-    "retnet": {"conv_size": 0},
-    "meta_retnet": {"conv_size": 0},
-    "hgrn2": {"conv_size": 0, "gate": None},
-    "kda": {"gate": "sigmoid"},
-    "preconditioned_kda": {"gate": "sigmoid"},
-    "comba": {"gate": "sigmoid"},
-}
-"""What the published layer of a model chooses that its triple does not say: options of `unify.models.Layer`."""
-
 
 @no_type_check  # `strict` checks the fields, and a configuration takes what it does not declare
 @strict
@@ -54,7 +39,7 @@ class UnifyConfig(PreTrainedConfig):
 
     layers: a pattern, repeated over num_hidden_layers. An entry is a name of the zoo, "full_attention",
         "sliding_attention", a `Triple.record()`, or {"memory": name or record, **options of `unify.models.Layer`}.
-    layer: options of every `unify.models.Layer`: num_heads, head_dim, expand_v, ...; the published layer's (`PUBLISHED`)
+    layer: options of every `unify.models.Layer`: num_heads, head_dim, expand_v, ...; the published layer's (`choices.PUBLISHED`)
         come before it and an entry's own after it.
     intermediate_size: of the SwiGLU after every layer; None is 8/3 hidden_size, up to a multiple of 256; 0 is none.
     num_attention_heads, num_key_value_heads, head_dim, sliding_window, rope_parameters: of the attention layers.

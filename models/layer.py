@@ -5,7 +5,7 @@
     y, state = layer(x, output_state=True)           # then token by token: layer(x_t, state=state, output_state=True)
 
 Which projections and parameters a layer has is read off `op.recurrence.inputs` and the architecture; how each is made
-stands in `RECIPES`. No model's name appears here: what a published layer adds to its recurrence are options.
+stands in `RECIPES`. No model's name appears here: what a published layer adds to its recurrence are options (`choices`).
 """
 
 from __future__ import annotations
@@ -318,8 +318,7 @@ class Layer(nn.Module):
     conv_size: taps of the short convolution on q, k, v and other keys; 0 is none (and no silu). conv_bias: its bias.
     qk_norm: "l2" for unit q and k where the triple's maps do not say so.
     rank: of the projections of gates that have channels (importance, forgetting per key, ...); 0 is full.
-    strength: what multiplies evidence and importance: "gate" (a sigmoid per head), "dt" (the decay's step), None, or
-        "auto": "gate" where v is evidence with an importance of its own.
+    strength: what multiplies evidence and importance: "gate" (a sigmoid per head), "dt" (the decay's step) or None.
     gate: "swish", "sigmoid" or None. norm: "head" (per head, before the gate) or "inner" (over all heads, after it).
     skip: whether v is passed by the memory, with a factor D per head. learn_prior: whether the prior precision is trained.
     backend: of `unify.compile`. Raises UnifyError for sizes or options that do not fit.
@@ -338,7 +337,7 @@ class Layer(nn.Module):
         conv_bias: bool = False,
         qk_norm: str | None = None,
         rank: int = 16,
-        strength: str | None = "auto",
+        strength: str | None = None,
         gate: str | None = "swish",
         norm: str = "head",
         norm_eps: float = 1e-6,
@@ -347,12 +346,9 @@ class Layer(nn.Module):
         backend: str = "auto",
     ):
         super().__init__()
-        a = triple.architecture
         self.triple, self.op, self.hidden_size = triple, compile(triple, backend), hidden_size
         self.num_heads, self.num_v_heads = num_heads, num_v_heads or num_heads
         self.head_dim, self.value_dim = head_dim, round(head_dim * expand_v)
-        if strength == "auto":
-            strength = "gate" if a.value == "evidence" and a.importance != "tied" else None
         self.strength, self.gate, self.norm, self.conv_size = strength, gate, norm, conv_size
         self._check(expand_v, qk_norm)
         self._make_content(qk_norm, conv_bias, rank)
