@@ -80,6 +80,8 @@ class UnifyConfig(PreTrainedConfig):
             raise UnifyError(f"layers={self.layers!r}", "a model has layers", "name a model of the zoo, or attention")
         self.layers = [_plain(entry) for entry in self.layers]
         heads = (self.layer or {}).get("num_heads", 4)
+        if heads < 1:
+            raise UnifyError(f"layer={self.layer!r}", "a layer has heads", "use num_heads of 1 or more")
         self.layer = {"num_heads": heads, "head_dim": self.hidden_size // heads, **(self.layer or {})}
         if self.intermediate_size is None:
             self.intermediate_size = -(-8 * self.hidden_size // (3 * 256)) * 256

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 from transformers import initialization as init
 from transformers.cache_utils import (
     STATIC_LAYER_TYPE_MAPPING,
@@ -319,4 +319,5 @@ class UnifyForCausalLM(UnifyPreTrainedModel, GenerationMixin):
         )
 
 
+AutoModel.register(UnifyConfig, UnifyModel)
 AutoModelForCausalLM.register(UnifyConfig, UnifyForCausalLM)

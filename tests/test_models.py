@@ -1,6 +1,7 @@
 """UnifyForCausalLM: cached = whole, padded = alone, packed = apart, over random configurations; and what transformers asks."""
 
 import json
+import pickle
 from itertools import pairwise
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 pytest.importorskip("transformers")
 
 from test_cli import complaint, unify
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Mamba2Config, StaticCache
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, Mamba2Config, StaticCache
 
 from unify.errors import UnifyError
 from unify.models import UnifyConfig, UnifyForCausalLM, budget, preset, read
@@ -266,6 +267,9 @@ def test_saved_and_loaded(tmp_path, tied):
     weights = loaded.state_dict()
     assert all(torch.equal(x, weights[name]) for name, x in model.state_dict().items())
     assert torch.equal(loaded(words()).logits, model(words()).logits)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(words()).logits, model(words()).logits)
+    bare = AutoModel.from_pretrained(tmp_path)
+    assert torch.equal(bare(words()).last_hidden_state, model.model(words()).last_hidden_state)
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
     spared = lambda m: {name for name, p in m.named_parameters() if getattr(p, "_no_weight_decay", False)}  # noqa: E731
     assert spared(loaded) == spared(model) != set()
@@ -351,6 +355,7 @@ def test_a_triple_of_options_is_json():
     [
         ({"layers": ["palimsa"]}, "try palimpsa"),
         ({"layers": []}, "a model has layers"),
+        ({"layers": "kda", "layer": {"num_heads": 0}}, "a layer has heads"),
         ({"layers": [3]}, "a layer is a memory or attention"),
         (
             {"layers": [{"memory": "kda", "width": 3}]},
