@@ -230,6 +230,7 @@ class UnifyModel(UnifyPreTrainedModel):
             )
         if position_ids is None or cu_seqlens is not None:
             position_ids = _positions(x, attention_mask, past_key_values, packing)
+        position_ids = position_ids.expand(x.shape[:2])
         masks = self._masks(x, attention_mask, position_ids, past_key_values, packing)
         rotation = None if self.rotary_emb is None else self.rotary_emb(x, position_ids)
         shared = {"position_ids": position_ids, "position_embeddings": rotation, "past_key_values": past_key_values}

@@ -170,6 +170,13 @@ def test_generation(layers):
     assert torch.equal(*sampled)
 
 
+def test_positions_may_be_one_row_for_all():
+    model, mask = make(["meta_retnet", "full_attention"]), torch.ones(2, 9, dtype=torch.int64)
+    mask[0, :4] = 0
+    shared = model(words(), attention_mask=mask, position_ids=torch.arange(9)[None]).logits[1]
+    assert_close(shared, model(words()).logits[1], 1e-9)
+
+
 def test_generation_goes_on_from_a_cache():
     model, ids = make(HYBRID), words(1)
     first = model.generate(ids, max_new_tokens=3, return_dict_in_generate=True)
