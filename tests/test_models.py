@@ -14,6 +14,8 @@ pytest.importorskip("transformers")
 
 from test_cli import complaint, unify
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, Mamba2Config, StaticCache
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+from transformers.models.olmo_hybrid.modeling_olmo_hybrid import OlmoHybridConfig, OlmoHybridGatedDeltaNet
 
 from unify.errors import UnifyError
 from unify.models import UnifyConfig, UnifyForCausalLM, budget, preset, read
@@ -212,6 +214,77 @@ def _next(model, cache, change):
     change(cache)
     rows = len(next(x for x in cache.layers[0].recurrent_states.values()))
     return model(torch.ones(rows, 1, dtype=torch.int64), past_key_values=cache).logits[:, -1]
+
+
+# ---- transformers' own mixers, with the same weights ------------------------------------------------------------
+
+
+def shaken(module):
+    """Every parameter drawn anew, so that none is at a value that hides it."""
+    rng = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(0.5 * torch.randn(p.shape, generator=rng))
+    return module
+
+
+def mamba2_pair():
+    """One group of B and C, so that its grouped norm is one norm over all heads."""
+    cfg = Mamba2Config(hidden_size=16, expand=2, num_heads=4, head_dim=8, state_size=6, n_groups=1, num_hidden_layers=1)
+    theirs = shaken(Mamba2Mixer(cfg, 0)).eval()
+    options = {**PUBLISHED["mamba2"], "norm_eps": cfg.layer_norm_epsilon}
+    ours = Layer(get("mamba2").triple, 16, 1, 6, 8 / 6, num_v_heads=4, **options)
+    z, x, B, C, dt = theirs.in_proj.weight.split((32, 32, 6, 6, 4))
+    turned = lambda p: torch.cat(p.split((32, 6, 6))[::-1])  # noqa: E731, they convolve x, B, C; we q, k, v
+    ours.load_state_dict(
+        {
+            **{"proj.q.weight": C, "proj.k.weight": B, "proj.v.weight": x, "gate_proj.weight": z},
+            **{"conv_weight": turned(theirs.conv1d.weight.squeeze(1)), "conv_bias": turned(theirs.conv1d.bias)},
+            **{
+                "gates.g.proj.weight": dt,
+                "gates.g.A_log": theirs.A_log,
+                "gates.g.dt_bias": theirs.dt_bias,
+                "D": theirs.D,
+            },
+            **{"out_norm.weight": theirs.norm.weight, "out_proj.weight": theirs.out_proj.weight},
+        }
+    )
+    return theirs, ours
+
+
+def gated_deltanet_pair():
+    sizes = {
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 6,
+        "linear_value_head_dim": 8,
+    }
+    layers = ["linear_attention", "full_attention"]
+    tokens = {"pad_token_id": 0, "eos_token_id": 1, "vocab_size": 20}
+    cfg = OlmoHybridConfig(
+        hidden_size=16, num_attention_heads=2, num_hidden_layers=2, layer_types=layers, **sizes, **tokens
+    )
+    cfg.linear_allow_neg_eigval = False
+    theirs = shaken(OlmoHybridGatedDeltaNet(cfg, 0)).eval()
+    ours = Layer(get("gated_deltanet").triple, 16, 2, 6, 8 / 6, num_v_heads=4, norm_eps=1e-5)
+    names = {f"proj.{x}.weight": getattr(theirs, f"{x}_proj").weight for x in "qkv"}
+    ours.load_state_dict(
+        {
+            **names,
+            **{"conv_weight": theirs.conv1d.weight.squeeze(1), "gate_proj.weight": theirs.g_proj.weight},
+            **{"gates.g.proj.weight": theirs.a_proj.weight, "gates.beta.up.weight": theirs.b_proj.weight},
+            **{"gates.g.A_log": theirs.A_log, "gates.g.dt_bias": theirs.dt_bias},
+            **{"out_norm.weight": theirs.o_norm.weight, "out_proj.weight": theirs.o_proj.weight},
+        }
+    )
+    return theirs, ours
+
+
+@pytest.mark.parametrize("pair", [mamba2_pair, gated_deltanet_pair])
+def test_the_layer_is_transformers_mixer(pair):
+    theirs, ours = pair()
+    x = torch.randn(2, 40, 16, generator=torch.Generator().manual_seed(2))
+    assert_close(ours(x), theirs(x), 2e-5)  # both in float32
 
 
 # ---- training ----------------------------------------------------------------------------------------------------
