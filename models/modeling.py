@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers import initialization as init
@@ -277,6 +278,16 @@ def _positions(x: Tensor, attention_mask: Any, cache: Cache | None, packing: Pac
     return (torch.arange(x.shape[1], device=x.device) + seen)[None].expand(x.shape[:2])
 
 
+def _targets(labels: Tensor, cu_seqlens: Tensor | None, position_ids: Tensor | None) -> Tensor:
+    """Labels without the first token of any packed sequence."""
+    if cu_seqlens is not None:
+        return labels.index_fill(1, cu_seqlens[1:-1].to(labels.device), -100)
+    if position_ids is None:
+        return labels
+    first = F.pad(position_ids[:, 1:] != position_ids[:, :-1] + 1, (1, 0))
+    return labels.masked_fill(first, -100)
+
+
 class UnifyForCausalLM(UnifyPreTrainedModel, GenerationMixin):
     """A `UnifyModel` with a head on the vocabulary."""
 
@@ -299,17 +310,21 @@ class UnifyForCausalLM(UnifyPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        cu_seqlens: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits [B, T, vocab_size], the loss against labels [B, T] (-100 is left out), and the cache. See `UnifyModel`."""
+        """Logits [B, T, vocab_size], the loss against labels [B, T] and the cache. See `UnifyModel`.
+
+        labels: the tokens themselves; -100 is left out, and the first of each packed sequence, which follows from no other.
+        """
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-        out = self.model(
-            **inputs, past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs
-        )
+        inputs |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "cu_seqlens": cu_seqlens}
+        out = self.model(**inputs, use_cache=use_cache, **kwargs)
         logits = self.lm_head(slice_logits_to_keep(out.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
+            labels = _targets(labels, cu_seqlens, None if attention_mask is not None else position_ids)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,

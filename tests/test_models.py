@@ -112,7 +112,7 @@ def test_random_configurations(cfg, data):
     with torch.no_grad():
         check_cached(model, words(2, T), cuts)
         check_cached(model, words(3, T), cuts, mask)
-        check_padded(model, words(3, T), mask)
+        check_padded(model, words(3, T), mask.flip(1) if data.draw(st.booleans()) else mask)
         check_packed(model, words(1, T), torch.tensor([0, *cuts, T]))
 
 
@@ -301,6 +301,17 @@ def test_loss_is_the_next_tokens():
     assert out.past_key_values.get_seq_length() == 9
     assert model(ids, logits_to_keep=2).logits.shape == (2, 2, WORDS)
     assert len(model(ids, output_hidden_states=True).hidden_states) == 5
+
+
+def test_loss_of_packed_sequences_is_theirs():
+    model, ids, offsets = make(HYBRID), words(1), torch.tensor([0, 2, 5, 9])
+    parts = [ids[:, a:b] for a, b in pairwise(offsets.tolist())]
+    counts = [part.shape[1] - 1 for part in parts]
+    apart = sum(n * model(part, labels=part).loss for n, part in zip(counts, parts, strict=True)) / sum(counts)
+    positions = torch.cat([torch.arange(part.shape[1]) for part in parts])[None]
+    for told in ({"cu_seqlens": offsets}, {"position_ids": positions}):
+        assert_close(model(ids, labels=ids, **told).loss, apart, 1e-6)
+    assert abs(model(ids, labels=ids).loss - apart) > 1e-2
 
 
 def test_gradient_checkpointing_changes_nothing():
