@@ -168,13 +168,10 @@ class Packing:
 
     @classmethod
     def of_mask(cls, mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"]) -> Packing:
-        """The real tokens of a padded batch, wherever the padding is. Raises UnifyError where there are none."""
+        """The real tokens of a padded batch, wherever the padding is."""
         mask = mask.bool()
         lengths = mask.sum(1)
         rows = lengths.nonzero().flatten()
-        if len(rows) == 0:
-            given = f"attention_mask {list(mask.shape)} of zeros"
-            raise UnifyError(given, "there is no real token", "give at least one sequence a token")
         offsets = F.pad(lengths[rows].cumsum(0), (1, 0))
         return cls(
             tuple(mask.shape), offsets, mask.flatten().nonzero().flatten(), rows if len(rows) < len(mask) else None
@@ -495,6 +492,9 @@ class Layer(nn.Module):
         state: of the sequences of the batch, or of the N packed ones. Raises UnifyError as the op does.
         """
         packing = _layout(x, attention_mask, cu_seqlens)
+        if packing is not None and len(packing.cu_seqlens) == 1:  # padding and nothing else
+            y = torch.zeros_like(x)
+            return (y, state or self._fresh(x, len(x))) if output_state else y
         if packing is not None:
             x, position_ids = packing.pack(x), None if position_ids is None else packing.pack(position_ids)
         before, rows = state, None if packing is None else packing.rows
@@ -506,7 +506,7 @@ class Layer(nn.Module):
         y = y if packing is None else packing.unpack(y)
         if not output_state:
             return y
-        return y, state if rows is None else self._spread(x, before, state, packing)
+        return y, state if rows is None else _spread(before or self._fresh(x, packing.shape[0]), state, rows)
 
     def _begin(self, x: Tensor, count: int) -> LayerState:
         """Before the first token of `count` sequences; the memory is the op's own affair."""
@@ -610,17 +610,12 @@ class Layer(nn.Module):
         o = norm(o) * g if self.norm == "head" else norm(o * g)
         return self.out_proj(o.flatten(2))
 
-    def _spread(self, x: Tensor, before: LayerState | None, after: LayerState, packing: Packing) -> LayerState:
-        """The state of the whole batch where some rows had no token: theirs is what it was."""
-        if before is None:
-            count = packing.shape[0]
-            static = {name: gate(x) for name, gate in self.gates.items() if isinstance(gate, Gate) and gate.up is None}
-            sizes = {"B": count, "H": self.num_v_heads, "K": self.head_dim, "V": self.value_dim}
-            memory = self.op._initial(None, {"q": x, **static}, count, sizes, after.memory[0].dtype)
-            before = self._begin(x, count)._replace(memory=memory)
-        put = lambda old, new: old.index_copy(0, packing.rows, new.to(old.dtype))  # noqa: E731
-        memory = type(after.memory)(*map(put, before.memory, after.memory))
-        return LayerState(put(before.conv, after.conv), memory, put(before.length, after.length))
+    def _fresh(self, x: Tensor, count: int) -> LayerState:
+        """Before the first token, the memory written out."""
+        static = {name: gate(x) for name, gate in self.gates.items() if isinstance(gate, Gate) and gate.up is None}
+        sizes = {"B": count, "H": self.num_v_heads, "K": self.head_dim, "V": self.value_dim}
+        memory = self.op._initial(None, {"q": x, **static}, count, sizes, wide(x).dtype)
+        return self._begin(x, count)._replace(memory=self.op.state_type(*memory))
 
 
 def _layout(x: Tensor, mask: Tensor | Packing | None, cu_seqlens: Tensor | None) -> Packing | None:
@@ -654,6 +649,13 @@ def _unit(x: Tensor) -> Tensor:
     """Length 1, in at least float32: x / sqrt(|x|^2 + 1e-6)."""
     y = wide(x)
     return (y * torch.rsqrt(y.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def _spread(before: LayerState, after: LayerState, rows: Tensor) -> LayerState:
+    """The state of a batch of which only some rows went on; the others' is what it was."""
+    put = lambda old, new: old.index_copy(0, rows, new.to(old.dtype))  # noqa: E731
+    memory = type(after.memory)(*map(put, before.memory, after.memory))
+    return LayerState(put(before.conv, after.conv), memory, put(before.length, after.length))
 
 
 def _select(state: LayerState, rows: Tensor | None) -> LayerState:

@@ -360,14 +360,18 @@ def test_hooks_read_importance_and_variance():
 @pytest.mark.parametrize("name", ["kla", "kdn", "palimpsa"])
 def test_sequences_that_have_not_begun_start_later(name):
     layer, x = make(get(name).triple), tokens(B=3, T=6)
-    mask = torch.tensor([[1] * 6, [0, 0, 0, 0, 1, 1], [0, 0, 1, 1, 0, 0]])
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1], [0, 0, 1, 1, 0, 0]])
     whole, end = layer(x, attention_mask=mask, output_state=True)
     state, parts = None, []
-    for t in (0, 2, 4):
+    for t in (0, 2, 4):  # in the first part nobody has
         y, state = layer(x[:, t : t + 2], attention_mask=mask[:, t : t + 2], state=state, output_state=True)
         parts.append(y)
     assert_close(torch.cat(parts, 1), whole, 1e-12)
     same_state(state, end, 1e-12)
+    y, still = layer(x, attention_mask=0 * mask, state=state, output_state=True)
+    same_state(still, end, 1e-12)
+    assert not y.any()
+    assert not layer(x, attention_mask=0 * mask).any()
 
 
 def test_it_is_made_without_memory_and_keeps_its_weights():
@@ -425,8 +429,6 @@ def test_maps_sizes_and_masks_that_do_not_fit_are_refused():
     with pytest.raises(UnifyError, match="a size is empty"):
         make(triple, num_heads=0)
     layer, ones = make(triple), torch.ones(2, 7, dtype=torch.int64)
-    with pytest.raises(UnifyError, match="there is no real token"):
-        layer(tokens(), attention_mask=0 * ones)
     with pytest.raises(UnifyError, match=r"pass \[2, 7\]"):
         layer(tokens(), attention_mask=ones[:, 1:])
     with pytest.raises(UnifyError, match="pass cu_seqlens alone, with B=1"):

@@ -162,6 +162,8 @@ def test_generation(layers):
     assert torch.equal(greedy[:1], write(ids[:1, 4:], mask[:1, 4:]))
     assert torch.equal(greedy, write(ids, mask, cache_implementation="static"))
     assert torch.equal(greedy, write(ids, mask, prefill_chunk_size=2))
+    wider = F.pad(ids, (3, 0)), F.pad(mask, (3, 0))  # whole chunks of padding
+    assert torch.equal(greedy, write(*wider, prefill_chunk_size=2))
     beams = {"num_beams": 3, "num_return_sequences": 2}
     assert torch.equal(write(ids, mask, **beams), write(ids, mask, **beams, use_cache=False))
     assert not torch.equal(greedy, write(ids, mask, num_beams=3))  # or the state was not put to a test
