@@ -187,16 +187,34 @@ def list_models(
 
 @app.command("show")
 def show_model(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model's name (unify list).")],
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="A model's name (unify list).")] = None,
     latex: Latex = False,
     as_json: Json = False,
     source: Annotated[bool, typer.Option("--source", help="Also the Python source of one token's step.")] = False,
     kernel: Annotated[bool, typer.Option("--kernel", help="Also its Triton source, forward and backward.")] = False,
+    config: Annotated[
+        str | None, typer.Option("--config", metavar="C", help="Instead: what a preset or a config.json costs.")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option("--context", metavar="N", min=1, help="--config: tokens that attention has seen.")
+    ] = None,
 ) -> None:
-    """Show every stage of a model: triple, free energy, equations, structure, plan, cost."""
+    """Show every stage of a model: triple, free energy, equations, structure, plan, cost.
+
+    With --config the parameters, state and flops per token of a language model.
+    """
     from . import show
     from .models import zoo
 
+    if (model is None) == (config is None):
+        raise _usage("show", "it shows one thing", "name a model (unify list), or --config and a preset or config.json")
+    if config is not None:
+        if latex or source or kernel:
+            raise _usage("--config", "a configuration is shown as a table", "leave out --latex, --source and --kernel")
+        _show_config(config, context, as_json)
+        return
+    if context is not None:
+        raise _usage("--context", "only attention has one", "say which --config")
     found = zoo.get(model)
     if latex and as_json:
         raise _usage("--latex with --json", "they are two forms of one output", "choose one; the JSON holds the LaTeX")
@@ -206,6 +224,17 @@ def show_model(
         typer.echo(show.document(found))
     else:
         _console().print(show.view(found, source=source, kernel=kernel, width=_width()))
+
+
+def _show_config(source: str, context: int | None, as_json: bool) -> None:
+    from .models import budget, read
+    from .views import budget_table
+
+    found = budget(read(source), context)
+    if as_json:
+        _dump(found)
+    else:
+        _console().print(*budget_table(found), sep="\n")
 
 
 @app.command()

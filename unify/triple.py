@@ -6,7 +6,8 @@ that has no meaning is refused here, naming the leg at fault and what would work
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from .errors import UnifyError
@@ -319,6 +320,17 @@ class Triple:
             posterior=replace(self.posterior, curvature=curvature if len(set(curvature)) > 1 else kind),
         )
 
+    def record(self) -> dict[str, dict[str, Any]]:
+        """What JSON can hold of the triple: each leg's fields that are not at their default. `from_record` reads it."""
+        return {f.name: _written(getattr(self, f.name)) for f in fields(self)}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Triple:
+        """The triple of a `record`. Raises UnifyError for a leg, a field or a value that there is not."""
+        legs = {"architecture": Architecture, "posterior": Posterior, "prior": Prior}
+        _only("a triple", record, legs)
+        return cls(**{name: _read(legs[name], leg) for name, leg in record.items()})
+
     def __str__(self):
         return "\n".join(
             f"{name:<13}{_differences(getattr(self, name))}" for name in ("architecture", "posterior", "prior")
@@ -349,6 +361,43 @@ def _differences(leg: Any) -> str:
             value = "/".join(value)
         parts.append(f.name.replace("_", " ") if value is True else f"{f.name.replace('_', ' ')} {value}")
     return ", ".join(parts)
+
+
+_ADAPTIVE = {"ridge": Ridge, "squash": Squash}
+
+
+def _only(what: str, record: Any, allowed: Mapping) -> None:
+    """Refuse a record that is no mapping or has a key that nothing would read."""
+    if not isinstance(record, Mapping) or not record.keys() <= allowed.keys():
+        given = sorted(record.keys() - allowed.keys()) if isinstance(record, Mapping) else record
+        raise UnifyError(f"{given!r} in JSON", f"{what} has no such part", f"use {', '.join(allowed)}")
+
+
+def _written(leg: Any) -> dict[str, Any]:
+    """A dataclass as plain values, without what is at its default."""
+    out = {}
+    for f in fields(leg):
+        value = getattr(leg, f.name)
+        if value == (f.default_factory() if callable(f.default_factory) else f.default):
+            continue
+        if f.name == "observations":
+            value = [_written(o) for o in value]
+        elif f.name == "adaptive":
+            value = {next(name for name, kind in _ADAPTIVE.items() if isinstance(value, kind)): asdict(value)}
+        out[f.name] = list(value) if isinstance(value, tuple) else value
+    return out
+
+
+def _read(leg: type, record: Any) -> Any:
+    """The inverse of `_written`: lists are tuples again."""
+    _only(leg.__name__, record, {f.name: f for f in fields(leg)})
+    values = {name: tuple(x) if isinstance(x, list) else x for name, x in record.items()}
+    if "observations" in values:
+        values["observations"] = tuple(_read(Observation, o) for o in values["observations"])
+    if values.get("adaptive") is not None:
+        _only("Prior(adaptive=...)", values["adaptive"], _ADAPTIVE)
+        values["adaptive"] = next((_read(_ADAPTIVE[name], x) for name, x in values["adaptive"].items()), None)
+    return leg(**values)
 
 
 def _per_stage(value: str | tuple[str, ...], a: Architecture) -> tuple[str, ...]:

@@ -38,6 +38,26 @@ def claim(edge: Edge) -> str:
     return "ε" if edge.order == 1 else "ε" + str(edge.order).translate(_UP)
 
 
+# --- a configuration --------------------------------------------------------------------------------------------------
+
+
+def budget_table(budget: dict) -> tuple[Table, Text]:
+    """What a configuration costs (`unify.models.budget`), a row for each kind of layer, and what the columns count."""
+    numbers = ("layers", "parameters", "state", "flops a token")
+    made = table("layer", *numbers, right=numbers)
+    for row in budget["rows"]:
+        each = (row[name] * row["layers"] for name in ("parameters", "state", "flops"))
+        made.add_row(row["layer"], str(row["layers"]), *(f"{x:,}" for x in each))
+    total = (f"{budget[name]:,}" for name in ("parameters", "state", "flops"))
+    made.add_row("together", "", *total, style="bold")
+    note = (
+        "\nEach row counts all its layers. State: numbers a sequence carries, "
+        f"{budget['bytes'] / 2**20:.1f} MiB (memories in float32, keys and values in bfloat16). "
+        f"Flops: one token forward; state and flops of attention after {budget['context']:,} tokens."
+    )
+    return made, Text(note, style="dim")
+
+
 # --- the map ----------------------------------------------------------------------------------------------------------
 
 
