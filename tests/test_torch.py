@@ -3,6 +3,7 @@
 Every comparison is of a call with the plain call of the same op: what the plain call computes is tested elsewhere.
 """
 
+import functools
 import importlib
 import pkgutil
 
@@ -262,8 +263,13 @@ def log_decay(*shape):
     return (-torch.rand(shape)).requires_grad_()
 
 
+@functools.cache
 def library_cases():
     """Every operator of the library with arguments it may get: name, operator, arguments."""
+    return list(_library_cases())
+
+
+def _library_cases():
     for module in pkgutil.iter_modules(unify.kernels.__path__):
         importlib.import_module(f"unify.kernels.{module.name}")
     torch.manual_seed(0)
@@ -303,7 +309,7 @@ def coefficients_call(model):
 @pytest.mark.parametrize("which", range(11))
 def test_operators_are_registered_soundly(which):
     """Schema, fake tensors, autograd and dynamic shapes under AOT autograd."""
-    name, op, arguments = list(library_cases())[which]
+    name, op, arguments = library_cases()[which]
     torch.library.opcheck(op.default, arguments)
 
 
