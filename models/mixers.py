@@ -344,18 +344,21 @@ class Lightning(Adapter):
     projections = ("qkv_proj",)
     classes = ("transformers.models.minimax.modeling_minimax.MiniMaxLightningAttention",)
 
-    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs):
-        """As the host's: (output, packed state), the state also in the cache."""
+    def forward(
+        self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, cache=None, **kwargs
+    ):
+        """As the host's: (output, packed state), the state also in the cache, whichever name transformers has for it."""
+        cache = past_key_values if cache is None else cache
         qkv = self.act_fn(self.qkv_proj(hidden_states))
         if attention_mask is not None:
             qkv = (qkv * attention_mask[:, :, None]).to(qkv.dtype)
         q, k, v = qkv.unflatten(-1, (self.num_attention_heads, 3 * self.head_dim)).split(self.head_dim, -1)
         if not v.is_cuda:
             q, k, v = q.float(), k.float(), v.float()
-        state = None if past_key_values is None else past_key_values.get_linear_cache(self.layer_idx)
+        state = None if cache is None else cache.get_linear_cache(self.layer_idx)
         o, state = self._memory(hidden_states, q, k, v, g=-self.slope_rate.flatten(), scale=1.0, state=state)
-        if past_key_values is not None:
-            past_key_values.set_linear_cache(self.layer_idx, state)
+        if cache is not None:
+            cache.set_linear_cache(self.layer_idx, state)
         o = self.norm(o.flatten(2).to(hidden_states.dtype))
         return self.out_proj(torch.sigmoid(self.output_gate(hidden_states)) * o), state
 

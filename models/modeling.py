@@ -214,13 +214,16 @@ class UnifyModel(UnifyPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         cu_seqlens: Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states [B, T, hidden_size], and the cache.
 
         attention_mask: [B, past + T], 1 where a token is real. cu_seqlens: offsets [N + 1] of packed sequences, with B = 1;
-        or position_ids that start again. Packed sequences neither start from a cache nor fill one.
+        or position_ids that start again. Packed sequences neither start from a cache nor fill one. cache: the name that
+        transformers 5.24 has for past_key_values.
         """
+        past_key_values = cache if past_key_values is None else past_key_values
         if (input_ids is None) == (inputs_embeds is None):
             raise UnifyError("input_ids and inputs_embeds", "a forward has one of them", "pass one")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -312,6 +315,7 @@ class UnifyForCausalLM(UnifyPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         cu_seqlens: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits [B, T, vocab_size], the loss against labels [B, T] and the cache. See `UnifyModel`.
@@ -319,6 +323,7 @@ class UnifyForCausalLM(UnifyPreTrainedModel, GenerationMixin):
         labels: the tokens themselves; -100 is left out, and the first of each packed sequence, which follows from no other.
         """
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        past_key_values = cache if past_key_values is None else past_key_values
         inputs |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "cu_seqlens": cu_seqlens}
         out = self.model(**inputs, use_cache=use_cache, **kwargs)
         logits = self.lm_head(slice_logits_to_keep(out.last_hidden_state, logits_to_keep))
