@@ -1,6 +1,7 @@
 """What each process of tests/test_distributed.py runs: its pieces of sequences, under one file a rank."""
 
 import itertools
+import os
 
 import torch
 import torch.distributed as dist
@@ -123,4 +124,17 @@ def run(rank, world, folder, cases, layers):
     distributed.compose = forget_the_first
     found["planted"] = piece(*PLANTED)
     torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def train(rank, world, folder, config):
+    """One process of a training run, as a launcher would start it; the first leaves its losses."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # asked for, not used: the group is there
+    from unify import training
+
+    found = training.train(config)
+    if rank == 0:
+        torch.save(found["history"], f"{folder}/losses.pt")
     dist.destroy_process_group()
