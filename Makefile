@@ -10,7 +10,7 @@ READY   := $(VENV)/.ready
 PIP     := $(BIN)/python -m pip --disable-pip-version-check -qq
 
 .DEFAULT_GOAL := help
-.PHONY: help tour test test-gpu lint format bench clean
+.PHONY: help tour notebooks test test-gpu lint format bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -18,6 +18,9 @@ help: ## list the targets
 tour: $(READY) ## see what unify does; writes into tour/
 	@echo "==> the tour: results go to tour/"
 	@$(BIN)/unify tour -o tour
+
+notebooks: $(READY) ## execute the notebooks, pictures and all, into notebooks/executed/
+	@$(BIN)/python notebooks/run.py
 
 test: lint ## style and every test that needs no GPU
 	@echo "==> running the tests in $(WORKERS) processes"
@@ -33,14 +36,15 @@ lint: $(READY) ## check style and formatting
 	@$(BIN)/ruff check --quiet --output-format concise
 	@$(BIN)/ruff format --check --quiet --output-format concise || { echo "==> not formatted: make format"; exit 1; }
 
-format: $(READY) ## apply ruff's fixes and formatting
+format: $(READY) ## apply ruff's fixes and formatting; strip the notebooks
 	@$(BIN)/ruff check --fix --quiet; $(BIN)/ruff format
+	@$(BIN)/python notebooks/run.py --strip
 
 bench: $(READY) ## measure the kernels
 	@$(BIN)/unify bench
 
 clean: ## remove the virtual environment and everything generated
-	rm -rf $(VENV) tour build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) tour notebooks/executed build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # A virtual environment that no longer runs is made again. setuptools comes first, from the constraints,

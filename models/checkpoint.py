@@ -8,6 +8,8 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,12 +43,29 @@ def open_config(folder: str | Path):
         raise UnifyError(str(folder), f"its config.json cannot be read ({error})", "a checkpoint folder") from error
     if "model_type" not in raw and raw.keys() >= MAMBA_SSM:
         return _mamba_ssm_config(raw, folder)
+    _register(raw)
     try:
         return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     except (ValueError, KeyError, OSError) as error:
         given = f"{folder} of model_type {raw.get('model_type')!r}"
-        works = "transformers 5.23 or later; for flash-linear-attention's models, import fla first"
+        works = "transformers 5.23 or later; flash-linear-attention where it is one of its models"
         raise UnifyError(given, "transformers does not know this config", works) from error
+
+
+def _register(raw: dict) -> None:
+    """Make transformers know a config of flash-linear-attention's, and whose `mamba2` this one is.
+
+    Importing fla, which transformers also does for its own Qwen3-Next, gives the type mamba2 to fla's class, which knows
+    no `layer_norm_epsilon`; fla's configs say `norm_eps`.
+    """
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = raw.get("model_type")
+    theirs = "norm_eps" in raw if kind == "mamba2" else kind not in CONFIG_MAPPING
+    home = import_module("fla.models") if theirs and find_spec("fla") else transformers
+    mamba2 = (home if kind == "mamba2" else transformers).Mamba2Config
+    transformers.AutoConfig.register("mamba2", mamba2, exist_ok=True)
 
 
 def open_host(folder: str | Path, **options) -> PreTrainedModel:
@@ -166,7 +185,12 @@ def check(model: PreTrainedModel, convert: Callable[[PreTrainedModel], object], 
     runs = _inputs(model, text)
     training = model.training
     model.eval()
-    before = {name: run(model) for name, run in runs.items()}
+    try:
+        before = {name: run(model) for name, run in runs.items()}
+    except Exception as error:  # kernels that want a GPU, above all
+        reason = " ".join(str(error).split())[:200]
+        works = "compare where its kernels run, or convert without comparing (--no-check)"
+        raise UnifyError(type(model).__name__, f"it does not run here ({reason})", works) from error
     convert(model)
     errors = {name: _error(run(model), before[name]) for name, run in runs.items()}
     model.train(training)

@@ -12,7 +12,7 @@ import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, no_type_check
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
@@ -20,6 +20,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from unify.errors import UnifyError
 from unify.models import zoo
+from unify.models.choices import PUBLISHED
 from unify.models.layer import Layer
 from unify.triple import Triple
 
@@ -30,30 +31,15 @@ MEMORY = "unify_memory"
 OPTIONS = tuple(inspect.signature(Layer).parameters)[2:]
 """Options of a layer: everything but its triple and hidden_size."""
 
-_MAMBA = {"strength": "dt", "norm": "inner", "norm_eps": 1e-5, "skip": True, "conv_bias": True}
-PUBLISHED = {
-    "mamba2": _MAMBA,
-    "metamamba2": _MAMBA,
-    "palimpsa": {"qk_norm": "l2", "skip": True},
-    "palimpsa_key": {"qk_norm": "l2", "skip": True},
-    "gla": {"conv_size": 0},
-    "retnet": {"conv_size": 0},
-    "meta_retnet": {"conv_size": 0},
-    "hgrn2": {"conv_size": 0, "gate": None},
-    "kda": {"gate": "sigmoid"},
-    "preconditioned_kda": {"gate": "sigmoid"},
-    "comba": {"gate": "sigmoid"},
-}
-"""What the published layer of a model chooses that its triple does not say: options of `unify.models.Layer`."""
 
-
+@no_type_check  # `strict` checks the fields, and a configuration takes what it does not declare
 @strict
 class UnifyConfig(PreTrainedConfig):
     """Configuration of `UnifyForCausalLM`.
 
     layers: a pattern, repeated over num_hidden_layers. An entry is a name of the zoo, "full_attention",
         "sliding_attention", a `Triple.record()`, or {"memory": name or record, **options of `unify.models.Layer`}.
-    layer: options of every `unify.models.Layer`: num_heads, head_dim, expand_v, ...; the published layer's (`PUBLISHED`)
+    layer: options of every `unify.models.Layer`: num_heads, head_dim, expand_v, ...; the published layer's (`choices.PUBLISHED`)
         come before it and an entry's own after it.
     intermediate_size: of the SwiGLU after every layer; None is 8/3 hidden_size, up to a multiple of 256; 0 is none.
     num_attention_heads, num_key_value_heads, head_dim, sliding_window, rope_parameters: of the attention layers.
@@ -94,6 +80,8 @@ class UnifyConfig(PreTrainedConfig):
             raise UnifyError(f"layers={self.layers!r}", "a model has layers", "name a model of the zoo, or attention")
         self.layers = [_plain(entry) for entry in self.layers]
         heads = (self.layer or {}).get("num_heads", 4)
+        if heads < 1:
+            raise UnifyError(f"layer={self.layer!r}", "a layer has heads", "use num_heads of 1 or more")
         self.layer = {"num_heads": heads, "head_dim": self.hidden_size // heads, **(self.layer or {})}
         if self.intermediate_size is None:
             self.intermediate_size = -(-8 * self.hidden_size // (3 * 256)) * 256
@@ -153,7 +141,7 @@ def _plain(entry: Any) -> Any:
     return entry
 
 
-def memory_of(entry: str | Mapping) -> tuple[Triple, dict[str, Any], dict[str, Any]]:
+def memory_of(entry: Any) -> tuple[Triple, dict[str, Any], dict[str, Any]]:
     """(triple, options of the published layer, options of its own) of an entry of `layers`. Raises UnifyError."""
     own = dict(entry) if isinstance(entry, Mapping) and "architecture" not in entry else {"memory": entry}
     memory = own.pop("memory", None)

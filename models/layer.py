@@ -5,7 +5,7 @@
     y, state = layer(x, output_state=True)           # then token by token: layer(x_t, state=state, output_state=True)
 
 Which projections and parameters a layer has is read off `op.recurrence.inputs` and the architecture; how each is made
-stands in `RECIPES`. No model's name appears here: what a published layer adds to its recurrence are options.
+stands in `RECIPES`. No model's name appears here: what a published layer adds to its recurrence are options (`choices`).
 """
 
 from __future__ import annotations
@@ -169,13 +169,10 @@ class Packing:
 
     @classmethod
     def of_mask(cls, mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"]) -> Packing:
-        """The real tokens of a padded batch, wherever the padding is. Raises UnifyError where there are none."""
+        """The real tokens of a padded batch, wherever the padding is."""
         mask = mask.bool()
         lengths = mask.sum(1)
         rows = lengths.nonzero().flatten()
-        if len(rows) == 0:
-            given = f"attention_mask {list(mask.shape)} of zeros"
-            raise UnifyError(given, "there is no real token", "give at least one sequence a token")
         offsets = F.pad(lengths[rows].cumsum(0), (1, 0))
         return cls(
             tuple(mask.shape), offsets, mask.flatten().nonzero().flatten(), rows if len(rows) < len(mask) else None
@@ -318,9 +315,8 @@ class Layer(nn.Module):
     num_v_heads: heads of v and of the memory, a multiple of num_heads (each q and k then serves several); None is num_heads.
     conv_size: taps of the short convolution on q, k, v and other keys; 0 is none (and no silu). conv_bias: its bias.
     qk_norm: "l2" for unit q and k where the triple's maps do not say so.
-    rank: of the projections of gates that have channels: importance, forgetting per key, ...
-    strength: what multiplies evidence and importance: "gate" (a sigmoid per head), "dt" (the decay's step), None, or
-        "auto": "gate" where v is evidence with an importance of its own.
+    rank: of the projections of gates that have channels (importance, forgetting per key, ...); 0 is full.
+    strength: what multiplies evidence and importance: "gate" (a sigmoid per head), "dt" (the decay's step) or None.
     gate: "swish", "sigmoid" or None. norm: "head" (per head, before the gate) or "inner" (over all heads, after it).
     skip: whether v is passed by the memory, with a factor D per head. learn_prior: whether the prior precision is trained.
     backend: of `unify.compile`. Raises UnifyError for sizes or options that do not fit.
@@ -339,7 +335,7 @@ class Layer(nn.Module):
         conv_bias: bool = False,
         qk_norm: str | None = None,
         rank: int = 16,
-        strength: str | None = "auto",
+        strength: str | None = None,
         gate: str | None = "swish",
         norm: str = "head",
         norm_eps: float = 1e-6,
@@ -348,13 +344,10 @@ class Layer(nn.Module):
         backend: str = "auto",
     ):
         super().__init__()
-        a = triple.architecture
         self.triple, self.op, self.hidden_size = triple, compile(triple, backend), hidden_size
         self.pieces: ContextParallel | None = None
         self.num_heads, self.num_v_heads = num_heads, num_v_heads or num_heads
         self.head_dim, self.value_dim = head_dim, round(head_dim * expand_v)
-        if strength == "auto":
-            strength = "gate" if a.value == "evidence" and a.importance != "tied" else None
         self.strength, self.gate, self.norm, self.conv_size = strength, gate, norm, conv_size
         self._check(expand_v, qk_norm)
         self._make_content(qk_norm, conv_bias, rank)
@@ -380,6 +373,9 @@ class Layer(nn.Module):
                 raise UnifyError(
                     f"{name}={value!r}", f"a layer has no such {name}", f"use {', '.join(map(repr, allowed))}"
                 )
+        sizes = (self.hidden_size, self.num_heads, self.head_dim)
+        if min(sizes) < 1:
+            raise UnifyError(f"hidden_size, num_heads, head_dim = {sizes}", "a size is empty", "use 1 or more")
         unknown = set(a.maps) - {"l2", "rotary"}
         if unknown:
             raise UnifyError(f"maps={a.maps!r}", "architecture: a layer has no such map", "use 'l2' and 'rotary'")
@@ -507,11 +503,10 @@ class Layer(nn.Module):
         cu_seqlens: int64 offsets [N + 1] of packed sequences, with B = 1. position_ids: for rotary keys; None counts on.
         state: of the sequences of the batch, or of the N packed ones. Raises UnifyError as the op does.
         """
-        packing = attention_mask
-        if torch.is_tensor(packing):
-            packing = Packing.of_mask(packing)
-        elif cu_seqlens is not None:
-            packing = Packing(tuple(x.shape[:2]), cu_seqlens)
+        packing = _layout(x, attention_mask, cu_seqlens)
+        if packing is not None and len(packing.cu_seqlens) == 1:  # padding and nothing else
+            y = torch.zeros_like(x)
+            return (y, state or self._fresh(x, len(x))) if output_state else y
         if packing is not None:
             x, position_ids = packing.pack(x), None if position_ids is None else packing.pack(position_ids)
         before, rows = state, None if packing is None else packing.rows
@@ -523,7 +518,7 @@ class Layer(nn.Module):
         y = y if packing is None else packing.unpack(y)
         if not output_state:
             return y
-        return y, state if rows is None else self._spread(x, before, state, packing)
+        return y, state if rows is None else _spread(before or self._fresh(x, packing.shape[0]), state, rows)
 
     def _begin(self, x: Tensor, count: int) -> LayerState:
         """Before the first token of `count` sequences; the memory is the op's own affair."""
@@ -635,17 +630,31 @@ class Layer(nn.Module):
         o = norm(o) * g if self.norm == "head" else norm(o * g)
         return self.out_proj(o.flatten(2))
 
-    def _spread(self, x: Tensor, before: LayerState | None, after: LayerState, packing: Packing) -> LayerState:
-        """The state of the whole batch where some rows had no token: theirs is what it was."""
-        if before is None:
-            count = packing.shape[0]
-            static = {name: gate(x) for name, gate in self.gates.items() if isinstance(gate, Gate) and gate.up is None}
-            sizes = {"B": count, "H": self.num_v_heads, "K": self.head_dim, "V": self.value_dim}
-            memory = self.op._initial(None, {"q": x, **static}, count, sizes, after.memory[0].dtype)
-            before = self._begin(x, count)._replace(memory=memory)
-        put = lambda old, new: old.index_copy(0, packing.rows, new.to(old.dtype))  # noqa: E731
-        memory = type(after.memory)(*map(put, before.memory, after.memory))
-        return LayerState(put(before.conv, after.conv), memory, put(before.length, after.length))
+    def _fresh(self, x: Tensor, count: int) -> LayerState:
+        """Before the first token, the memory written out."""
+        static = {name: gate(x) for name, gate in self.gates.items() if isinstance(gate, Gate) and gate.up is None}
+        sizes = {"B": count, "H": self.num_v_heads, "K": self.head_dim, "V": self.value_dim}
+        memory = self.op._initial(None, {"q": x, **static}, count, sizes, wide(x).dtype)
+        return self._begin(x, count)._replace(memory=self.op.state_type(*memory))
+
+
+def _layout(x: Tensor, mask: Tensor | Packing | None, cu_seqlens: Tensor | None) -> Packing | None:
+    """Where the sequences of x are, if not one a row. Raises UnifyError for a mask or offsets that do not fit x."""
+    packing = Packing.of_mask(mask) if torch.is_tensor(mask) else mask
+    if cu_seqlens is not None:
+        if packing is not None or len(x) != 1:
+            given = f"cu_seqlens with B={len(x)}{'' if packing is None else ' and attention_mask'}"
+            raise UnifyError(
+                given, "packed sequences lie in one row, without padding", "pass cu_seqlens alone, with B=1"
+            )
+        packing = Packing(tuple(x.shape[:2]), cu_seqlens)
+        if x.device.type == "cpu" and cu_seqlens[-1] != x.shape[1]:  # on a GPU a look would wait
+            given = f"cu_seqlens up to {int(cu_seqlens[-1])}"
+            raise UnifyError(given, f"the offsets do not cut T = {x.shape[1]} into sequences", f"end with {x.shape[1]}")
+    if packing is not None and packing.shape != tuple(x.shape[:2]):
+        given = f"attention_mask {list(packing.shape)}"
+        raise UnifyError(given, f"x is {list(x.shape)}", f"pass {list(x.shape[:2])}: a mask of the tokens of this call")
+    return packing
 
 
 def spare_from_decay(module: nn.Module) -> None:
@@ -660,6 +669,13 @@ def _unit(x: Tensor) -> Tensor:
     """Length 1, in at least float32: x / sqrt(|x|^2 + 1e-6)."""
     y = wide(x)
     return (y * torch.rsqrt(y.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def _spread(before: LayerState, after: LayerState, rows: Tensor) -> LayerState:
+    """The state of a batch of which only some rows went on; the others' is what it was."""
+    put = lambda old, new: old.index_copy(0, rows, new.to(old.dtype))  # noqa: E731
+    memory = type(after.memory)(*map(put, before.memory, after.memory))
+    return LayerState(put(before.conv, after.conv), memory, put(before.length, after.length))
 
 
 def _select(state: LayerState, rows: Tensor | None) -> LayerState:

@@ -58,7 +58,7 @@ class Adapter:
     """What every family has in common.
 
     source: the triple the mixer runs. projections: names of what may read its input. operators: names of what may run it.
-    classes: classes known by name, because they call no operator. op: the metaplastic op, on the grafted class.
+    classes: "module.class" of mixers that call no operator by name. op: the metaplastic op, on the grafted class.
     """
 
     source: Triple
@@ -140,7 +140,9 @@ class Mamba2(Adapter):
             seen, C.to(narrow), B.to(narrow), (x.float() * dt[..., None]).to(narrow), g=A.float() * dt, scale=1.0,
             state=state, importance=b * (dt if b.ndim == 3 else dt[..., None]), cu_seqlens=cu_seqlens,
         )  # fmt: skip
-        o = o.float() if D is None else o.float() + D.float()[:, None] * x.float()
+        o = o.float()
+        if D is not None:
+            o = o + (D if D.ndim == 2 else D[:, None]).float() * x.float()
         return (o if z is None else o * F.silu(z.float())), state
 
 
@@ -158,6 +160,36 @@ def _offsets(seq_idx: Tensor | None) -> Tensor | None:
         raise UnifyError(f"seq_idx {list(seq_idx.shape)}", "packed sequences lie in one row", "pass a batch of 1")
     inner = (seq_idx[0, 1:] != seq_idx[0, :-1]).nonzero()[:, 0] + 1
     return F.pad(F.pad(inner, (1, 0)), (0, 1), value=seq_idx.shape[1])
+
+
+class FlaMamba2(Mamba2):
+    """flash-linear-attention's Mamba-2: the scan is written into its two paths, which here are one."""
+
+    operators = ()
+    classes = ("fla.layers.mamba2.Mamba2",)
+
+    def torch_forward(self, hidden_states, last_state=None, use_cache=False, attention_mask=None):
+        """As the host's: (output, convolution state [B, C, W], packed state); but any number of tokens may follow a state."""
+        B, T, W = *hidden_states.shape[:2], self.conv_kernel_size
+        heads, groups, side = (self.num_heads, -1), (self.n_groups, -1), self.n_groups * self.ssm_state_size
+        gate, xbc, dt = self.in_proj(hidden_states).split([self.intermediate_size, self.conv_dim, self.num_heads], -1)
+        past, state, mask = xbc.new_zeros(B, self.conv_dim, W), None, 1
+        if last_state is not None:
+            past, state = last_state["conv_state"].to(xbc.dtype), last_state["recurrent_state"]
+        elif attention_mask is not None and attention_mask.shape == (B, T):
+            mask = attention_mask[..., None].to(xbc.dtype)
+        line = torch.cat([past, (xbc * mask).mT], -1)
+        xbc = F.conv1d(line[..., 1:], self.conv1d.weight, self.conv1d.bias, groups=self.conv_dim).mT
+        x, k, q = (self.act(xbc) * mask).split([self.intermediate_size, side, side], -1)
+        dt = _step(dt, self.dt_bias, True).clamp(*self.dt_limit)
+        x, k, q = x.unflatten(-1, heads), k.unflatten(-1, groups), q.unflatten(-1, groups)
+        A = -self.A_log.float().exp()
+        o, state = self._scan(x, dt, A, k, q, self._get_D(), None, state, hidden_states, None)
+        o = o.flatten(2).to(hidden_states.dtype)
+        o = o * self.act(gate) if self.norm is None else self.norm(o, gate)
+        return self.out_proj(o), line[..., -W:], state
+
+    cuda_kernels_forward = torch_forward
 
 
 class _Delta(Adapter):
@@ -310,7 +342,7 @@ class Lightning(Adapter):
 
     source = get("lightning").triple
     projections = ("qkv_proj",)
-    classes = ("MiniMaxLightningAttention",)
+    classes = ("transformers.models.minimax.modeling_minimax.MiniMaxLightningAttention",)
 
     def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs):
         """As the host's: (output, packed state), the state also in the cache."""
@@ -328,16 +360,34 @@ class Lightning(Adapter):
         return self.out_proj(torch.sigmoid(self.output_gate(hidden_states)) * o), state
 
 
-FAMILIES: tuple[type[Adapter], ...] = (Mamba2, DeltaNet, GatedDeltaNet, KDA, GLA, SimpleGLA, RetNet, Lightning)
+FAMILIES: tuple[type[Adapter], ...] = (
+    FlaMamba2,
+    Mamba2,
+    DeltaNet,
+    GatedDeltaNet,
+    KDA,
+    GLA,
+    SimpleGLA,
+    RetNet,
+    Lightning,
+)
+
+
+# Where fla's mixers run their operator on the tokens they read, once. Others route tokens (MoM), stack them (Gated
+# DeltaProduct) or share states between layers (YOCO) around operators of the same names.
+FLA = ("gla", "simple_gla", "multiscale_retention", "delta_net", "gated_deltanet", "kda", "mamba2")
 
 
 def family(mixer: nn.Module) -> type[Adapter] | None:
-    """The adapter of a mixer, known by the operators its code calls (or by its class's name), or None."""
+    """The adapter of a mixer, known by the operators its code calls (or by its class's full name), or None."""
     cls = type(mixer)
     if isinstance(mixer, Adapter):  # it has one already
         return next(f for f in FAMILIES if issubclass(cls, f))
+    if cls.__module__.startswith("fla.layers.") and cls.__module__.split(".")[2] not in FLA:
+        return None
     called = set().union(*map(calls, methods(cls).values()))
-    return next((f for f in FAMILIES if called & set(f.operators) or cls.__name__ in f.classes), None)
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    return next((f for f in FAMILIES if called & set(f.operators) or name in f.classes), None)
 
 
 @cache

@@ -12,8 +12,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 from transformers import initialization as init
 from transformers.cache_utils import (
     STATIC_LAYER_TYPE_MAPPING,
@@ -23,11 +24,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import (
-    create_causal_mask,
-    create_recurrent_attention_mask,
-    create_sliding_window_causal_mask,
-)
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
@@ -40,8 +37,17 @@ from unify.errors import UnifyError
 from unify.models.configuration import MEMORY, UnifyConfig
 from unify.models.layer import Layer, LayerState, Packing, spare_from_decay
 
+
+def padding(attention_mask: Any, inputs_embeds: Tensor, **_: Any) -> Packing | None:
+    """Where the real tokens of this call are, one at a time or many; None where all are."""
+    if not torch.is_tensor(attention_mask) or attention_mask.ndim != 2:
+        return None
+    mask = attention_mask[:, -inputs_embeds.shape[1] :].bool()
+    return None if mask.all() else Packing.of_mask(mask)
+
+
 MASKS = {
-    MEMORY: create_recurrent_attention_mask,
+    MEMORY: padding,
     "full_attention": create_causal_mask,
     "sliding_attention": create_sliding_window_causal_mask,
 }
@@ -139,7 +145,8 @@ class Block(GradientCheckpointingLayer):
         if isinstance(self.mixer, Layer):
             y = self._remember(x, mask, position_ids, past_key_values)
         else:
-            y, _ = self.mixer(x, position_embeddings, mask, past_key_values, sliding_window=self.window, **kwargs)
+            kwargs |= {"position_ids": position_ids, "sliding_window": self.window}  # asked for by flash attention
+            y, _ = self.mixer(x, position_embeddings, mask, past_key_values, **kwargs)
         hidden_states = hidden_states + y
         return hidden_states if self.mlp is None else hidden_states + self.mlp(self.mlp_norm(hidden_states))
 
@@ -222,8 +229,9 @@ class UnifyModel(UnifyPreTrainedModel):
             past_key_values = (
                 DynamicCache(config=self.config) if use_cache and past_key_values is None else past_key_values
             )
-        if position_ids is None:
+        if position_ids is None or cu_seqlens is not None:
             position_ids = _positions(x, attention_mask, past_key_values, packing)
+        position_ids = position_ids.expand(x.shape[:2])
         masks = self._masks(x, attention_mask, position_ids, past_key_values, packing)
         rotation = None if self.rotary_emb is None else self.rotary_emb(x, position_ids)
         shared = {"position_ids": position_ids, "position_embeddings": rotation, "past_key_values": past_key_values}
@@ -241,8 +249,6 @@ class UnifyModel(UnifyPreTrainedModel):
             shown = {"config": self.config, "inputs_embeds": x, "attention_mask": attention_mask}
             shown |= {"past_key_values": cache, "position_ids": position_ids}
             made = {kind: MASKS[kind](**shown) for kind in set(self.config.layer_types)}
-        if torch.is_tensor(made.get(MEMORY)):
-            made[MEMORY] = Packing.of_mask(made[MEMORY])
         return made if packing is None else {**made, MEMORY: packing}
 
 
@@ -272,6 +278,16 @@ def _positions(x: Tensor, attention_mask: Any, cache: Cache | None, packing: Pac
     return (torch.arange(x.shape[1], device=x.device) + seen)[None].expand(x.shape[:2])
 
 
+def _targets(labels: Tensor, cu_seqlens: Tensor | None, position_ids: Tensor | None) -> Tensor:
+    """Labels without the first token of any packed sequence."""
+    if cu_seqlens is not None:
+        return labels.index_fill(1, cu_seqlens[1:-1].to(labels.device), -100)
+    if position_ids is None:
+        return labels
+    first = F.pad(position_ids[:, 1:] != position_ids[:, :-1] + 1, (1, 0))
+    return labels.masked_fill(first, -100)
+
+
 class UnifyForCausalLM(UnifyPreTrainedModel, GenerationMixin):
     """A `UnifyModel` with a head on the vocabulary."""
 
@@ -294,17 +310,21 @@ class UnifyForCausalLM(UnifyPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        cu_seqlens: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits [B, T, vocab_size], the loss against labels [B, T] (-100 is left out), and the cache. See `UnifyModel`."""
+        """Logits [B, T, vocab_size], the loss against labels [B, T] and the cache. See `UnifyModel`.
+
+        labels: the tokens themselves; -100 is left out, and the first of each packed sequence, which follows from no other.
+        """
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-        out = self.model(
-            **inputs, past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs
-        )
+        inputs |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "cu_seqlens": cu_seqlens}
+        out = self.model(**inputs, use_cache=use_cache, **kwargs)
         logits = self.lm_head(slice_logits_to_keep(out.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
+            labels = _targets(labels, cu_seqlens, None if attention_mask is not None else position_ids)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -315,4 +335,5 @@ class UnifyForCausalLM(UnifyPreTrainedModel, GenerationMixin):
         )
 
 
+AutoModel.register(UnifyConfig, UnifyModel)
 AutoModelForCausalLM.register(UnifyConfig, UnifyForCausalLM)

@@ -11,6 +11,10 @@ import torch
 from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
+# Where transformers finds fla it imports it beside its own Qwen3-Next, calls kernels that want a GPU, and loses its type
+# mamba2 to fla's. No test but those of tests/fla_hosts.py, in a process of its own, is about that.
+sys.modules["fla"] = None
+
 if not torch.cuda.is_available():  # kernels then run in Triton's interpreter; it asks once, when it is imported
     os.environ["TRITON_INTERPRET"] = "1"
 

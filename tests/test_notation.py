@@ -11,7 +11,7 @@ from unify.confirm import random_values
 from unify.derive import derive
 from unify.energy import free_energy, precision_dims
 from unify.models.zoo import ZOO, get
-from unify.notation import Latex, energy_parts, fold, grouped, latex, plain, polynomial, pretty, tidy
+from unify.notation import MEANING, Latex, energy_parts, fold, glossary, grouped, latex, plain, polynomial, pretty, tidy
 from unify.symbols import SIZE, K, V, array, concrete, contract, i, j, symbol
 from unify.triple import Architecture, Posterior, Prior, Triple
 
@@ -20,7 +20,11 @@ HOMING = Triple(
     Posterior(curvature="key", anchor="predicted"),
     Prior(precision="key", mean="entry"),
 )
-TRIPLES = {**{name: model.triple for name, model in ZOO.items()}, "prior mean": HOMING}
+COOLING = Triple(
+    Architecture(value="observation", precision="head", importance="head"),
+    Posterior(curvature="isotropic", anchor="predicted"),
+)
+TRIPLES = {**{name: model.triple for name, model in ZOO.items()}, "prior mean": HOMING, "isotropic": COOLING}
 SIZES = (2, 2)
 
 
@@ -29,13 +33,16 @@ def evaluate(text: str, env: dict):
     total = {
         "sum_j": lambda f: sum(f(a) for a in range(SIZES[0])),
         "sum_l": lambda f: sum(f(a) for a in range(SIZES[0])),
+        "sum_c": lambda f: sum(f(a) for a in range(SIZES[0])),
         "sum_jl": lambda f: sum(f(a, b) for a in range(SIZES[0]) for b in range(SIZES[0])),
     }
-    for name, letters in (("sum_jl(", "j, l"), ("sum_j(", "j"), ("sum_l(", "l")):
+    for name, letters in (("sum_jl(", "j, l"), ("sum_j(", "j"), ("sum_l(", "l"), ("sum_c(", "c")):
         text = text.replace(name, f"{name}lambda {letters}: ")
     text = text.replace("1/2*", "half*")
     delta = np.array([[sp.Integer(a == b) for b in range(SIZES[0])] for a in range(SIZES[0])], dtype=object)
-    return eval(text, {**env, **total, "delta": delta, "half": sp.Rational(1, 2), "exp": sp.exp, "sqrt": sp.sqrt})
+    return eval(
+        text, {**env, **total, "delta": delta, "K": SIZES[0], "half": sp.Rational(1, 2), "exp": sp.exp, "sqrt": sp.sqrt}
+    )
 
 
 @pytest.mark.parametrize("name", TRIPLES)
@@ -150,3 +157,32 @@ def test_folding_breaks_outside_parentheses_first():
 def test_text_of_a_free_energy_has_its_anchor_put_in():
     assert "anchor" not in str(free_energy(get("gated_deltanet").triple))
     assert "m_p[l, i]" in str(free_energy(get("gated_deltanet").triple))
+
+
+@pytest.mark.parametrize(
+    ("prior", "unicode", "tex"),
+    [
+        ("one", "(Id + P′)⁻¹ q", r"\left(\mathrm{Id} + P_{t}\right)^{-1} q_{t}"),
+        ("head", "(Λ₀ Id + P′)⁻¹ q", r"\left(\Lambda_{0} \, \mathrm{Id} + P_{t}\right)^{-1} q_{t}"),
+        ("key", "(diag(Λ₀) + P′)⁻¹ q", r"\left(\mathrm{diag}(\Lambda_{0}) + P_{t}\right)^{-1} q_{t}"),
+    ],
+)
+def test_a_solve_names_its_matrix(prior, unicode, tex):
+    exact = Triple(
+        Architecture(value="observation", precision="head"), Posterior(curvature="full"), Prior(precision=prior)
+    )
+    (step,) = (s for s in derive(exact).steps if s.solve is not None)
+    assert step.pretty()[1] == unicode
+    assert step.latex().endswith(tex)
+
+
+def test_the_glossary_has_every_argument_and_state_of_the_zoo():
+    used = {x.name for triple in TRIPLES.values() for x in (*derive(triple).inputs, *derive(triple).states)}
+    assert used <= MEANING.keys()
+    rows = glossary()
+    assert [len({row[n] for row in rows}) for n in (0, 1)] == [len(MEANING)] * 2  # no symbol has two uses
+    assert glossary(["S", "alpha", "prior_precision", "Ibar"]) == [
+        (r"\Lambda_{0}", "Λ₀", MEANING["prior_precision"]),
+        ("S", "S", MEANING["S"]),
+        (r"\bar{I}", "Ī", MEANING["Ibar"]),
+    ]

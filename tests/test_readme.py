@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from unify.notation import MEANING
+
 README = Path(__file__).parent.parent / "README.md"
 
 
@@ -72,3 +74,42 @@ def test_functions_win_over_the_modules_they_are_named_after():
     from unify import plan, structure
 
     assert all(map(callable, (plan, structure)))
+
+
+def symbols(page: str) -> dict[str, str]:
+    """The rows of the section Symbols: what is defined -> the names of arguments and states beside it."""
+    section = page.partition("\n## Symbols\n")[2].partition("\n## ")[0]
+    rows = [row.split("|")[1:3] for row in re.findall(r"^\|.*\|$", section, flags=re.M)][2:]
+    return {symbol.strip(): names for symbol, names in rows}
+
+
+def glossary_faults(page: str) -> list[str]:
+    """Arguments and states of the library that the page does not define, symbols defined twice, and use before definition."""
+    from unify.notation import glossary
+
+    rows = symbols(page)
+    defined = [x for row in rows for x in re.split(r", ", row)]
+    named = " ".join(rows.values())
+    faults = [f"{x} is not defined" for _, x, _ in glossary() if x not in defined]
+    faults += [f"{x} is defined twice" for x in set(defined) if defined.count(x) > 1]
+    faults += [f"`{x}` stands beside no symbol" for x in MEANING if f"`{x}`" not in named]
+    return faults + (["code comes before the symbols"] if page.find("```python") < page.find("## Symbols") else [])
+
+
+def test_every_symbol_is_defined_once_before_the_first_code():
+    assert glossary_faults(README.read_text()) == []
+
+
+def test_a_symbol_without_a_definition_is_seen():
+    page = README.read_text()
+    row = next(x for x in page.splitlines() if x.startswith("| κ |"))
+    assert glossary_faults(page.replace(row + "\n", "")) == ["κ is not defined", "`gain` stands beside no symbol"]
+    assert glossary_faults(page.replace(row, f"{row}\n{row.replace('| κ', '| κ, κ')}"))[0] == "κ is defined twice"
+    assert glossary_faults("```python\n```\n" + page) == ["code comes before the symbols"]
+
+
+def test_the_notebooks_are_linked():
+    linked = re.findall(r"\]\((notebooks/[0-9][^)]+)\)", README.read_text())
+    assert sorted(linked) == sorted(
+        f"notebooks/{path.name}" for path in (README.parent / "notebooks").glob("[0-9]*.ipynb")
+    )

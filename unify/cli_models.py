@@ -1,7 +1,11 @@
-"""Commands over checkpoint folders: `unify convert` and `unify inspect`."""
+"""Commands over checkpoint folders: `unify convert`, `unify inspect` and `unify eval`."""
 
 from __future__ import annotations
 
+import json
+import logging
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -116,3 +120,34 @@ def _parts_table(parts: list) -> Any:
         else:
             table.add_row(where, kind, _called(source), f"importance, {target.posterior.curvature}", f"{adds:,} each")
     return table
+
+
+@app.command("eval")
+def evaluate_checkpoint(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint folder: native, converted, or a host.")],
+    tasks: Annotated[
+        str, typer.Option("--tasks", "-t", metavar="A,B,C", help="commonsense, needles, or the harness's task names.")
+    ],
+    include: Annotated[
+        Path | None, typer.Option("--include-path", metavar="DIR", help="A folder with tasks of your own.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", metavar="N", min=1, help="Examples a task.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", metavar="N", min=1, help="Examples at once.")] = 1,
+    device: Annotated[str, typer.Option("--device", metavar="D", help="cpu, cuda, or auto: what there is.")] = "auto",
+    to: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the scores into FILE.")] = None,
+) -> None:
+    """Score a checkpoint on standard benchmarks, with lm-evaluation-harness (the extra `eval`)."""
+    from .evaluate import evaluate, need_harness, table
+
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not names:
+        raise _usage("--tasks", "it names none", "use commonsense, needles, or names of lm-evaluation-harness")
+    need_harness()
+    _quiet()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what every evaluation here does
+    rows = evaluate(path, names, include=include, limit=limit, batch_size=batch_size, device=device)
+    if to is not None:
+        versions = {name: version(name) for name in ("lm_eval", "transformers", "torch")}
+        record = {"model": str(path), "limit": limit, "versions": versions, "scores": [asdict(row) for row in rows]}
+        to.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    _console().print(table(rows))

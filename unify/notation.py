@@ -9,6 +9,7 @@ there before what is added. The glyph of each name is given once, for Unicode an
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import sympy as sp
@@ -21,6 +22,7 @@ __all__ = [
     "Latex",
     "energy_parts",
     "fold",
+    "glossary",
     "grouped",
     "latex",
     "plain",
@@ -44,6 +46,7 @@ GLYPHS = {
     "alpha": Glyph("α", r"\alpha"),
     "beta": Glyph("β", r"\beta"),
     "importance": Glyph("b", "b"),
+    "b": Glyph("b\u030c", r"\check{b}"),  # a key, where b is the importance
     "prior_precision": Glyph("Λ₀", r"\Lambda", "0"),
     "prior_mean": Glyph("μ₀", r"\mu", "0"),
     "noise": Glyph("w", "w"),
@@ -101,6 +104,13 @@ MEANING = {
     "p": "key that reads the anchor",
     "scale": "factor on the query",
 }
+
+
+def glossary(names: Iterable[str] = MEANING) -> list[tuple[str, str, str]]:
+    """(LaTeX, Unicode, meaning) of arguments and states by name, in the order of `MEANING`; of all of them by default."""
+    wanted = set(names)
+    return [(Latex()(array(x)).replace("_{t-1}", "").replace("_{t}", ""), _Pretty()(array(x)), said)
+            for x, said in MEANING.items() if x in wanted]  # fmt: skip
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -437,12 +447,11 @@ def solved(matrix: sp.Expr, right: sp.Expr, write) -> str:
             continue
         rest = term / delta
         text = write(_stripped(rest))
-        diagonal = bool(rest.atoms(sp.Indexed))
-        parts.append(
-            (rf"\mathrm{{diag}}({text})" if tex else f"diag({text})")
-            if diagonal
-            else (rf"{text} \, \mathrm{{Id}}" if tex else f"{text} Id")
-        )
+        if rest.atoms(sp.Indexed):
+            parts.append(rf"\mathrm{{diag}}({text})" if tex else f"diag({text})")
+        else:
+            times, identity = (r" \, ", r"\mathrm{Id}") if tex else (" ", "Id")
+            parts.append(identity if rest == 1 else text + times + identity)
     inner = " + ".join(parts)
     return (rf"\left({inner}\right)^{{-1}} " if tex else f"({inner})⁻¹ ") + write(_stripped(right))
 

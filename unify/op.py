@@ -55,6 +55,9 @@ class Op:
         object.__setattr__(self, "state_type", namedtuple("State", [s.name for s in self.recurrence.states]))
         object.__setattr__(self, "constant", _Constant(self))
 
+    def __reduce__(self):
+        return _compile, (self.triple, self.backend, self.checked)  # derived again where it is unpickled
+
     @property
     def source(self) -> str:
         """What is printed from the recurrence, its equations as comments: the token step in torch for the backends "torch"

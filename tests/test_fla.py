@@ -1,0 +1,116 @@
+"""Conversion of flash-linear-attention's models. They run in a process of their own (tests/fla_hosts.py says why)."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from fla_hosts import FAULTS, HOSTS, IMPORTANCE
+from torch import nn
+
+from unify.models.mixers import family
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="flash-linear-attention is for Linux")
+SCRIPT = Path(__file__).with_name("fla_hosts.py")
+BOUND = 1e-5  # of logits, as parts of the largest
+SHARP = 1e-3  # of the embedding's gradient: a sum over everything after it
+
+
+def report(*arguments: str) -> dict:
+    """What the script found. Triton's interpreter, which this process may have asked for, is none of fla's business."""
+    known = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, env=known)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory, worker_id):
+    """The report on the CPU, made once however many processes run the tests."""
+    import fcntl
+
+    base = tmp_path_factory.getbasetemp()
+    path = (base if worker_id == "master" else base.parent) / "fla.json"
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            path.write_text(json.dumps(report()))
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("kind", IMPORTANCE)
+@pytest.mark.parametrize("name", HOSTS)
+def test_a_converted_host_is_its_host(found, name, kind):
+    host = found["hosts"][name]
+    errors = host[kind]["errors"]
+    assert len(errors) == 9
+    assert errors.pop("gradient") < SHARP
+    assert max(errors.values()) < BOUND, errors
+    assert host["taken back"] == 0
+
+
+@pytest.mark.parametrize("kind", IMPORTANCE)
+@pytest.mark.parametrize("name", HOSTS)
+def test_an_importance_has_a_slope_an_effect_and_a_place_in_the_cache(found, name, kind):
+    here = found["hosts"][name][kind]
+    assert here["slope"] > 1e-5
+    assert here["effect"] > 1e-2
+    assert max(here["cache"].values()) < BOUND
+
+
+def test_doubles_are_what_they_stand_for(found):
+    assert max(found["doubles"].values()) < 1e-5
+    wrong = found["doubles, another epsilon"]
+    assert all(error > 1e-3 for name, error in wrong.items() if "norm" in name)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_host_converted_wrongly_is_seen(found, fault):
+    errors = found["faults"][fault]
+    seen = {name for name, error in errors.items() if error > 100 * BOUND}
+    decoding = {"decoding", "decoding, padded on the right", "beams"}
+    padded = {"short, padded", "long, padded"}
+    assert seen == dict(zip(FAULTS, (set(errors), decoding, decoding | padded), strict=True))[fault]
+
+
+def test_wrong_groups_are_seen(found):
+    """fla's torch path pairs heads with other groups than its kernels and transformers do, which is why it is no oracle."""
+    assert {name for name, host in found["hosts"].items() if host["host"] > 1e-2} == {
+        "mamba2, 2 groups",
+        "mamba2, 4 groups",
+    }
+
+
+def test_folders_of_fla_models_are_opened_converted_and_loaded(found):
+    here = found["folders"]
+    assert not here["imported"]
+    assert (here["kind"], here["mixers"]) == ("gla", ["GatedLinearAttention"] * 2)
+    assert [name.split(".")[0] for name in here["mamba2"]] == ["transformers", "fla", "transformers"]
+    assert "GLAForCausalLM: it does not run here" in here["without kernels"]
+    assert max(here["checked"].values()) < BOUND
+    assert max(here["loaded"].values()) == 0
+    assert max(here["unchecked"].values()) < BOUND
+
+
+def test_mixers_that_use_a_known_operator_otherwise_are_left_alone(found):
+    assert found["strangers"] == []
+
+
+@pytest.mark.parametrize("name", ["Mamba2", "MiniMaxLightningAttention"])
+def test_a_class_of_the_same_name_elsewhere_is_not_taken_for_a_mixer(name):
+    assert family(type(name, (nn.Module,), {"__module__": "mamba_ssm.modules.mamba2"})()) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(not list(metadata.distributions(name="fla-core")), reason="needs flash-linear-attention")
+def test_converted_hosts_round_as_their_hosts_on_a_gpu():
+    for name, host in report("--device", "cuda")["hosts"].items():
+        for kind in IMPORTANCE:
+            for what, error in host[kind]["errors"].items():
+                assert error < 2 * host["rounding"][what] + 1e-2, (name, kind, what)
+            assert host[kind]["slope"] > 1e-5
+            assert max(host[kind]["cache"].values()) < 5e-2, (name, kind)
