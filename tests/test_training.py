@@ -155,6 +155,16 @@ def test_a_metaplastic_checkpoint_trains_and_resumes(tmp_path):
     assert all(".importance." in name for name in moved)
 
 
+def test_one_file_serves_one_process_and_many(tmp_path, monkeypatch):
+    config = configured(tmp_path, batch=12, trainer={"max_steps": 1, "fsdp": True, "per_device_train_batch_size": 3})
+    alone = training.arguments(config, "out")
+    assert not alone.fsdp
+    assert alone.gradient_accumulation_steps == 4
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UnifyError, match="batch 14 over 4 processes, 3 rows at a time: they do not divide it"):
+        training.arguments({**config, "batch": 14}, "out")
+
+
 def test_weight_decay_spares_what_layers_flag(tmp_path):
     config = configured(tmp_path)
     tokenizer = ByT5Tokenizer(extra_ids=0)

@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from .cli import Json, _console, _dump, app
-from .cli_models import _quiet
 
 
 @app.command()
@@ -21,6 +20,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a language model on local text, by transformers' Trainer; torchrun -m unify train CONFIG on several GPUs."""
+    from .cli_models import _quiet
     from .training import read
     from .training import train as run
 

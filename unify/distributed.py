@@ -286,18 +286,20 @@ def bench(
     far = context_parallel(op) if world > 1 else op
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
 
-    def given(T: int) -> tuple[dict[str, Tensor], slice]:
+    def given(seed: int, T: int) -> dict[str, Tensor]:
         B, _, H, K, V = size
-        x = random_inputs(op, 0, B, T, H, K, V, gates="weak", dtype=torch.float32)
-        x = {name: y.to(device, dtype if name in "qkv" else torch.float32) for name, y in x.items()}
-        return x, slice(T * rank // world, T * (rank + 1) // world)
+        x = random_inputs(op, seed, B, T, H, K, V, gates="weak", dtype=torch.float32)
+        return {name: y.to(device, dtype if name in "qkv" else torch.float32) for name, y in x.items()}
 
-    whole, at = given(min(size[1], 4096))
-    here = relative_error(far(**tokens(op, whole, at.start, at.stop)).float(), op(**whole)[:, at].float())
+    ends = lambda T: (T * rank // world, T * (rank + 1) // world)  # noqa: E731
+    short = min(size[1], 4096)
+    start, stop = ends(short)
+    whole = given(0, short)
+    here = relative_error(far(**tokens(op, whole, start, stop)).float(), op(**whole)[:, start:stop].float())
     error = torch.tensor(here, device=device)
     dist.all_reduce(error, dist.ReduceOp.MAX)
-    whole, at = given(size[1])
-    piece = {name: y.clone().requires_grad_() for name, y in tokens(op, whole, at.start, at.stop).items()}
+    start, stop = ends(size[1])
+    piece = {name: y.requires_grad_() for name, y in given(rank, stop - start).items()}
     seconds = []
     for _ in range(repeats + 2):
         dist.barrier()

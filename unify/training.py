@@ -229,6 +229,8 @@ def arguments(config: Mapping[str, Any], name: str) -> TrainingArguments:
     given["accelerator_config"] = {"dispatch_batches": False, **(given.get("accelerator_config") or {})}
     given.setdefault("use_cpu", not torch.accelerator.is_available())
     world = int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        given.pop("fsdp", None)  # one process has nothing to shard, and the same file serves many
     if batch := config.get("batch"):
         each = given.setdefault("per_device_train_batch_size", max(batch // world, 1))
         accumulate = given.setdefault("gradient_accumulation_steps", max(batch // (world * each), 1))
