@@ -127,6 +127,35 @@ def run(rank, world, folder, cases, layers):
     dist.destroy_process_group()
 
 
+def sharded(world):
+    """The loss of a hybrid as it is, and under FSDP2 with half-precision parameters and checkpointed blocks."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    from unify.models import UnifyConfig, UnifyForCausalLM
+
+    layers = ["palimpsa", "sliding_attention", "gated_deltanet"]
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "intermediate_size": 64,
+        "vocab_size": 50,
+        "layer": {"num_heads": 2},
+    }
+    torch.manual_seed(0)
+    model = UnifyForCausalLM(UnifyConfig(layers=layers, **sizes)).train()
+    ids = torch.randint(50, (2, 20))
+    row = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(20).remainder(13).expand(2, 20)}
+    plain = model(**row).loss.item()
+    policy, mesh = MixedPrecisionPolicy(torch.bfloat16, torch.float32), dist.init_device_mesh("cpu", (world,))
+    model.gradient_checkpointing_enable()
+    for part in (*model.model.layers, model):
+        fully_shard(part, mesh=mesh, mp_policy=policy)
+    loss = model(**row).loss
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+    return plain, loss.item()
+
+
 def train(rank, world, folder, config):
     """One process of a training run, as a launcher would start it; the first leaves its losses."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
@@ -136,5 +165,7 @@ def train(rank, world, folder, config):
 
     found = training.train(config)
     if rank == 0:
-        torch.save(found["history"], f"{folder}/losses.pt")
+        torch.save((found["history"], sharded(world)), f"{folder}/found.pt")
+    else:
+        sharded(world)
     dist.destroy_process_group()

@@ -81,9 +81,7 @@ def test_lines_and_passes_and_their_order(texts, monkeypatch):
     assert first(replace(texts, lines=True), 5) == ["abcdef", "xy\n", "z\n", "abcdef", "xy\n"]
     shuffled = [first(replace(texts, shuffle=True, seed=seed), 30) for seed in (0, 0, 1)]
     assert shuffled[0] == shuffled[1] != shuffled[2]
-    passes = list(itertools.batched(shuffled[0], 3)) if hasattr(itertools, "batched") else [
-        tuple(shuffled[0][n : n + 3]) for n in range(0, 30, 3)
-    ]  # fmt: skip
+    passes = [tuple(shuffled[0][n : n + 3]) for n in range(0, 30, 3)]
     assert all(sorted(one) == ["", "abcdef", "xy\nz\n"] for one in passes)
     assert len(set(passes)) > 1
 
@@ -124,13 +122,25 @@ def test_a_stream_that_starts_again_is_seen(trained, monkeypatch):
     assert resumed(other) != found["history"]
 
 
-def test_several_processes_have_the_losses_of_one(trained, tmp_path):
-    _, found = trained
-    told = (2, str(tmp_path), configured(tmp_path / "out"))
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """What two processes found: the losses of the same run, and a sharded model's beside the plain one's."""
+    folder = tmp_path_factory.mktemp("two")
+    told = (2, str(folder), configured(folder / "out"))
     torch.multiprocessing.start_processes(ranks.train, told, 2, start_method="forkserver")
-    many = torch.load(tmp_path / "losses.pt")
+    return torch.load(folder / "found.pt")
+
+
+def test_several_processes_have_the_losses_of_one(trained, together):
+    alone, (many, _) = trained[1]["history"], together
     assert [step for step, _ in many] == list(range(1, STEPS + 1))
-    torch.testing.assert_close([loss for _, loss in many], [loss for _, loss in found["history"]], rtol=1e-5, atol=0)
+    torch.testing.assert_close([loss for _, loss in many], [loss for _, loss in alone], rtol=1e-5, atol=0)
+
+
+def test_a_sharded_model_is_the_model(together):
+    plain, sharded = together[1]
+    assert sharded == pytest.approx(plain, rel=1e-3)  # its parameters are in half precision
+    assert sharded != plain
 
 
 def test_what_is_left_loads(trained):
@@ -147,7 +157,7 @@ def test_what_is_left_loads(trained):
 def test_a_metaplastic_checkpoint_trains_and_resumes(tmp_path):
     unify.metaplastic(hosts.host("mamba2", vocab_size=259), rank=2, quiet=True).save_pretrained(tmp_path / "host")
     config = configured(tmp_path / "out", model=str(tmp_path / "host"), trainer={"bf16": True})
-    found = train(config)
+    found = train(config, resume=True)  # from the beginning: there is nothing yet to go on from
     assert resumed(config) == found["history"]
     start, end = (unify.load(folder).state_dict() for folder in (tmp_path / "host", found["folder"]))
     moved = {name for name in start if not torch.equal(start[name], end[name])}

@@ -15,7 +15,7 @@ from .cli import Json, _console, _dump, app
 def train(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="JSON or YAML: model, data, length, trainer ...")],
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint in the output folder.")
+        bool, typer.Option("--resume", help="Go on from the output folder's last checkpoint, if any.")
     ] = False,
     as_json: Json = False,
 ) -> None:

@@ -13,7 +13,7 @@ there. Backwards the same happens to the adjoints, in the other order. Nothing i
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Several
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,8 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .carry import Carry, carries
 from .errors import UnifyError
-from .lower import chunked
-from .lower.parallel import Chunked, Request, Sequence
+from .lower import chunked, parallel
 from .op import Op, compile, uncast
 
 
@@ -136,11 +135,11 @@ def effect(op: Op, carried: tuple[Carry, ...], inputs: dict[str, Tensor]) -> tup
     Both in at least float32.
     """
     inputs = {name: x.to(_wide(op, inputs["q"])) for name, x in inputs.items()}
-    request = Request(op.recurrence, op.structure, {}, {}, False, None)
-    seq = Sequence(request, inputs, (None,) * len(carried), 1.0, Chunked())
+    request = parallel.Request(op.recurrence, op.structure, {}, {}, False, None)
+    seq = parallel.Sequence(request, inputs, (None,) * len(carried), 1.0, parallel.Chunked())
     total = [_total(seq, x) for x in carried]
     if all(x.writes is not None for x in carried):
-        return (*total, *map(_written, [seq] * len(carried), carried, total))
+        return (*total, *(_written(seq, x, g) for x, g in zip(carried, total, strict=True)))
     zero = tuple(_zero(seq, x) for x in carried)
     return (*total, *op(**inputs, initial_state=zero, output_final_state=True)[-1])
 
@@ -149,12 +148,12 @@ def _wide(op: Op, q: Tensor) -> torch.dtype:
     return torch.float64 if op.backend == "reference" or q.dtype == torch.float64 else torch.float32
 
 
-def _zero(seq: Sequence, x: Carry) -> Tensor:
+def _zero(seq: parallel.Sequence, x: Carry) -> Tensor:
     B, _, H = seq.shape[:3]
     return seq.raw["q"].new_zeros(B, H, *seq.sizes(x.dims))
 
 
-def _total(seq: Sequence, x: Carry) -> Tensor:
+def _total(seq: parallel.Sequence, x: Carry) -> Tensor:
     """The piece's log decay, with an axis for each channel of the state (of length 1 where all decay alike)."""
     total = seq.raw["q"].new_zeros((1,) * (2 + len(x.dims)))
     for where, g in x.decays:
@@ -163,7 +162,7 @@ def _total(seq: Sequence, x: Carry) -> Tensor:
     return total.expand(seq.shape[0], seq.shape[2], *total.shape[2:])
 
 
-def _written(seq: Sequence, x: Carry, total: Tensor) -> Tensor:
+def _written(seq: parallel.Sequence, x: Carry, total: Tensor) -> Tensor:
     """The state after the piece, from zero: each write decayed by what comes after it, summed by a matrix product."""
     sides = [(d,) for d in x.dims] or [()]
     if x.writes:
@@ -178,13 +177,13 @@ def _written(seq: Sequence, x: Carry, total: Tensor) -> Tensor:
     return out if x.rest == 0 else out - torch.expm1(total) * seq.value(x.rest, x.dims)
 
 
-def _weight(seq: Sequence, x: Carry, side: tuple, first: bool) -> Tensor | float:
+def _weight(seq: parallel.Sequence, x: Carry, side: tuple, first: bool) -> Tensor | float:
     """What a factor of a write keeps until the piece's end; the first one takes the decays without a channel."""
     logs = [_rows(seq, g, where) for where, g in x.decays if where == side or (first and not where)]
     return chunked.to_end(torch.stack(torch.broadcast_tensors(*logs)).sum(0)) if logs else 1.0
 
 
-def _rows(seq: Sequence, expr: Any, where: tuple) -> Tensor:
+def _rows(seq: parallel.Sequence, expr: Any, where: tuple) -> Tensor:
     """An expression at every token, [B, H, T, channels]."""
     x = seq.full(expr, where)
     return (x if where else x[..., None]).transpose(1, 2)
@@ -193,7 +192,7 @@ def _rows(seq: Sequence, expr: Any, where: tuple) -> Tensor:
 # --- what ranks exchange ----------------------------------------------------------------------------------------------
 
 
-def gather(xs: Several[Tensor], group: Any) -> list[list[Tensor]]:
+def gather(xs: Sequence[Tensor], group: Any) -> list[list[Tensor]]:
     """The tensors of every rank, in the order of the ranks, by one all-gather; shapes are the same on all."""
     flat = torch.cat([x.flatten() for x in xs])
     found = [torch.empty_like(flat) for _ in range(dist.get_world_size(group))]
@@ -202,7 +201,7 @@ def gather(xs: Several[Tensor], group: Any) -> list[list[Tensor]]:
     return [[part.view_as(x) for part, x in zip(one.split(sizes), xs, strict=True)] for one in found]
 
 
-def compose(effects: Several[Several[Tensor]], n: int) -> list[list[Tensor]]:
+def compose(effects: Sequence[Sequence[Tensor]], n: int) -> list[list[Tensor]]:
     """The n states before each piece and after the last, from zero; effects: (*G, *W) of each piece."""
     states = [[torch.zeros_like(w) for w in effects[0][n:]]]
     for found in effects:
@@ -279,9 +278,10 @@ def bench(
     from .testing import random_inputs, relative_error
     from .verify import tokens
 
-    if device == "cuda":
-        torch.cuda.set_device(rank)
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", f"file://{meet}", rank=rank, world_size=world)
+    cuda = torch.device("cuda", rank) if device == "cuda" else None
+    if cuda:
+        torch.cuda.set_device(cuda)
+    dist.init_process_group("nccl" if cuda else "gloo", f"file://{meet}", rank=rank, world_size=world, device_id=cuda)
     op = compile(get(model).triple)
     far = context_parallel(op) if world > 1 else op
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -320,6 +320,7 @@ def main(arguments: list[str] | None = None) -> None:
     import tempfile
 
     from .device import versions
+    from .models.zoo import get
 
     parser = argparse.ArgumentParser(prog="python -m unify.distributed", description=__doc__.split("\n")[0])
     parser.add_argument("--bench", action="store_true", required=True, help="time 1 against --world processes")
@@ -329,9 +330,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--size", default="1,65536,16,96,192", help="B,T,H,K,V of the whole sequence")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
-        "--tolerance", type=float, default=2e-2, help="largest relative error of o before anything is timed"
+        "--tolerance", type=float, default=2e-2, help="largest relative error of o of a time that is told"
     )
     given = parser.parse_args(arguments)
+    context_parallel(compile(get(given.model).triple))  # refuses here what it would refuse in every process
     size, one = tuple(map(int, given.size.split(","))), None
     print(f"{given.model}, B, T, H, K, V = {size}, forward + backward, {versions(given.device)}")
     for world in (1, given.world):
@@ -341,7 +343,7 @@ def main(arguments: list[str] | None = None) -> None:
             torch.multiprocessing.spawn(bench, told, world)
         seconds, error = out.get()
         if error > given.tolerance:
-            raise SystemExit(f"o is off by {error:.1e}: not timed")
+            raise SystemExit(f"o is off by {error:.1e}: its time is worth nothing")
         one = one or seconds
         print(f"{world} process{'es' * (world > 1)}: {seconds:.4g} s, {size[0] * size[1] / seconds:.4g} tokens/s, "
               f"{one / seconds:.2f} x, o off by {error:.1e}")  # fmt: skip

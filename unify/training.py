@@ -41,6 +41,7 @@ try:
         TrainerCallback,
         TrainingArguments,
     )
+    from transformers.trainer_utils import get_last_checkpoint
 except ImportError as error:
     raise UnifyError(
         "training", f"it runs on transformers and accelerate ({error})", "pip install unify-attention[hf]"
@@ -232,7 +233,8 @@ def arguments(config: Mapping[str, Any], name: str) -> TrainingArguments:
     if world == 1:
         given.pop("fsdp", None)  # one process has nothing to shard, and the same file serves many
     if batch := config.get("batch"):
-        each = given.setdefault("per_device_train_batch_size", max(batch // world, 1))
+        whole = world * given.get("gradient_accumulation_steps", 1)
+        each = given.setdefault("per_device_train_batch_size", max(batch // whole, 1))
         accumulate = given.setdefault("gradient_accumulation_steps", max(batch // (world * each), 1))
         if world * each * accumulate != batch:
             what = f"batch {batch} over {world} processes, {each} rows at a time"
@@ -287,7 +289,7 @@ def train(
     """Train a language model and leave it in the trainer's output_dir, in safetensors, its tokenizer beside it.
 
     config: see this module. name: the output_dir where the trainer's arguments say none. resume: go on from the last
-        checkpoint there. say: is told the loss, on the first process. One process, or as many as a launcher started.
+        checkpoint there, if there is one. say: is told the loss, on the first process. One process, or as many as a launcher started.
     Returns {"folder", "parameters", "steps", "loss", "tokens_per_second", "history": [(step, loss) ...]}.
     Raises UnifyError for a configuration that does not fit.
     """
@@ -303,7 +305,8 @@ def train(
     trainer = UnifyTrainer(model=made, args=given, train_dataset=rows, processing_class=tokenizer)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_Says(say or (lambda text: None)))
-    result = trainer.train(resume_from_checkpoint=resume or given.resume_from_checkpoint)
+    there = get_last_checkpoint(given.output_dir) if resume and Path(given.output_dir).is_dir() else None
+    result = trainer.train(resume_from_checkpoint=there or given.resume_from_checkpoint)
     if trainer.is_fsdp_enabled:  # shards are for checkpoints; what is left is whole
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     made.config.use_cache = True
