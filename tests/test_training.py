@@ -115,6 +115,11 @@ def test_an_interrupted_run_has_the_same_losses(trained):
     assert resumed(config) == found["history"]
 
 
+def test_a_run_that_is_done_does_not_go_on(trained):
+    with pytest.raises(UnifyError, match=f"its {STEPS} steps are done; raise max_steps"):
+        train(trained[0], resume=True)
+
+
 def test_a_stream_that_starts_again_is_seen(trained, monkeypatch):
     config, found = trained
     other = json.loads(json.dumps(config))

@@ -39,6 +39,7 @@ try:
         PrinterCallback,
         Trainer,
         TrainerCallback,
+        TrainerState,
         TrainingArguments,
     )
     from transformers.trainer_utils import get_last_checkpoint
@@ -269,6 +270,14 @@ class UnifyTrainer(Trainer):
             convert.fill(self.model, resume_from_checkpoint)
 
 
+def _last(given: TrainingArguments) -> str | None:
+    """The checkpoint to go on from, if there is one. Raises UnifyError where nothing is left to do."""
+    there = get_last_checkpoint(given.output_dir) if Path(given.output_dir).is_dir() else None
+    if there and TrainerState.load_from_json(str(Path(there) / "trainer_state.json")).global_step >= given.max_steps:
+        raise UnifyError(f"resuming {there}", f"its {given.max_steps} steps are done", "raise max_steps")
+    return there
+
+
 class _Says(TrainerCallback):
     """What is logged, as one line, on the first process."""
 
@@ -305,8 +314,7 @@ def train(
     trainer = UnifyTrainer(model=made, args=given, train_dataset=rows, processing_class=tokenizer)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_Says(say or (lambda text: None)))
-    there = get_last_checkpoint(given.output_dir) if resume and Path(given.output_dir).is_dir() else None
-    result = trainer.train(resume_from_checkpoint=there or given.resume_from_checkpoint)
+    result = trainer.train(resume_from_checkpoint=_last(given) if resume else given.resume_from_checkpoint)
     if trainer.is_fsdp_enabled:  # shards are for checkpoints; what is left is whole
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     made.config.use_cache = True
