@@ -210,7 +210,7 @@ def load(path: str | Path, base: str | Path | PreTrainedModel | None = None, **o
     """
     from unify.models.checkpoint import open_host
 
-    record, weights = _read_record(Path(path)), _read_weights(Path(path))
+    record = _read_record(Path(path))
     if isinstance(base, nn.Module):
         model = base
     else:
@@ -229,15 +229,16 @@ def load(path: str | Path, base: str | Path | PreTrainedModel | None = None, **o
         )
     _install(model, there, kinds, record["rank"], record["train"])
     try:
-        _fill(model, weights, path)
+        fill(model, path)
     except UnifyError:
         unmetaplastic(model)
         raise
     return model
 
 
-def _fill(model: PreTrainedModel, weights: dict, path) -> None:
-    wanted = branches(model)
+def fill(model: PreTrainedModel, path: str | Path) -> None:
+    """Read a metaplastic model's branches from the folder it was saved in. Raises UnifyError where they do not fit."""
+    weights, wanted = _read_weights(Path(path)), branches(model)
     for name in wanted.keys() ^ weights.keys():
         fault = "is missing" if name in wanted else "is not wanted"
         raise UnifyError(f"{Path(path) / WEIGHTS}", f"{name} {fault}", "save the adapter again")

@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from unify.distributed import ContextParallel, check_group, context_parallel
 from unify.errors import UnifyError
 from unify.op import compile
 from unify.recurrence import Input
@@ -344,6 +345,7 @@ class Layer(nn.Module):
     ):
         super().__init__()
         self.triple, self.op, self.hidden_size = triple, compile(triple, backend), hidden_size
+        self.pieces: ContextParallel | None = None
         self.num_heads, self.num_v_heads = num_heads, num_v_heads or num_heads
         self.head_dim, self.value_dim = head_dim, round(head_dim * expand_v)
         self.strength, self.gate, self.norm, self.conv_size = strength, gate, norm, conv_size
@@ -473,6 +475,16 @@ class Layer(nn.Module):
         self._readout_hooks[handle.id] = hook
         return handle
 
+    def context_parallel(self, group: Any = None) -> Layer:
+        """From now on x is this rank's piece of a sequence that lies over a group of torch.distributed; returns itself.
+
+        y = the same rows of the layer on the whole sequence. A state that is given is the same on every rank, and so is
+        the one returned. Gradients of parameters are shares: the sum over ranks is the gradient. Raises UnifyError where
+        `unify.context_parallel` does; a piece shorter than the convolution's reach is refused when it is called.
+        """
+        self.pieces = context_parallel(self.op, group)
+        return self
+
     # -- running ------------------------------------------------------------------------------------------------------
 
     def forward(
@@ -516,9 +528,14 @@ class Layer(nn.Module):
     def _run(self, x: Tensor, state: LayerState, packing: Packing | None, position_ids: Tensor | None, final: bool):
         """(y, the new state, what hooks are shown), of sequences laid out as the op takes them."""
         offsets, show = None if packing is None else packing.cu_seqlens, bool(self._readout_hooks)
+        op, length, seen = self.op, state.length, x.shape[1] if offsets is None else offsets.diff()
+        if self.pieces is not None:
+            check_group(offsets)
+            op, (ahead, seen) = self.pieces, self.pieces.lengths(x)
+            length = length + ahead
         content, conv = self._content(x, state.conv, offsets)
         if "rotary" in self.triple.architecture.maps:
-            at = self._positions(x, state.length, packing) if position_ids is None else position_ids
+            at = self._positions(x, length, packing) if position_ids is None else position_ids
             turned = {name: rotate(y, self._per(y, at)) for name, y in content.items() if name in ("q", "k")}
             content |= turned
         passed = (
@@ -527,12 +544,11 @@ class Layer(nn.Module):
         gates = self._gates(x)
         self._strengthen(gates, content)
         options = {"initial_state": state.memory or None, "cu_seqlens": offsets}
-        out = self.op(**content, **gates, **options, return_variance=show, output_final_state=final)
+        out = op(**content, **gates, **options, return_variance=show, output_final_state=final)
         o, *rest = out if isinstance(out, tuple) else (out,)
         y = self._output(x, o + passed)
         if not final:
             return y, None, None
-        seen = x.shape[1] if offsets is None else offsets.diff()
         readout = Readout(self, *self._shown(gates, rest[0], packing), rest[-1]) if show else None
         return y, LayerState(conv, rest[-1], state.length + seen), readout
 
@@ -561,7 +577,11 @@ class Layer(nn.Module):
         """q, k, v and other keys at all heads of the memory, observations one after the other; the convolution's state."""
         mixed = torch.cat([layer(x) for layer in self.proj.values()], -1)
         if self.conv_weight is not None:
+            last = None
+            if self.pieces is not None:
+                conv, last = self.pieces.before(mixed, self.conv_size - 1, conv)
             mixed, conv = short_convolution(mixed, self.conv_weight, self.conv_bias, conv, offsets)
+            conv = conv if last is None else last
         parts = dict(zip(self._width, mixed.split(list(self._width.values()), -1), strict=True))
         parts = {name: part.unflatten(-1, self._shapes[name]) for name, part in parts.items()}
         for name in self._unit & parts.keys():

@@ -20,6 +20,7 @@ _WHERE = {
     "structure": ("Structure", "structure"),
     "plan": ("Plan", "plan"),
     "op": ("Op", "compile"),
+    "distributed": ("context_parallel",),
     "models.convert": ("load", "metaplastic", "unmetaplastic"),
 }
 _HOME = {name: module for module, names in _WHERE.items() for name in names}

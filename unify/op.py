@@ -132,7 +132,7 @@ class Op:
             self._check_values(inputs)
         offsets = None if cu_seqlens is None else self._offsets(cu_seqlens, sizes, inputs["q"], traced)
         run = self._triton if self._chosen(inputs["q"]) == "triton" else self._torch
-        with _uncast(device):
+        with uncast(device):
             o, var, final = run(inputs, sizes, initial_state, offsets, variance, scale)
         return (o, var, *final) if variance else (o, *final)
 
@@ -376,7 +376,7 @@ class _Constant:
 _pytree.register_constant(_Constant)
 
 
-def _uncast(device: str):
+def uncast(device: str):
     """Autocast switched off, where there is such a thing: the arguments' dtypes say what may be narrow, and sums never are."""
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 

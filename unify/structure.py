@@ -94,7 +94,7 @@ class Structure:
 def structure(recurrence: Recurrence) -> Structure:
     """Find the structure of a recurrence from its equations."""
     mean = "M" if recurrence.carries == "natural" else "S"
-    tainted = _depends_on(recurrence, mean)
+    tainted = depends_on(recurrence, mean)
     autonomous = tuple(_autonomous(recurrence, s) for s in recurrence.states if s.name != mean)
     steps, transition = _steps(recurrence, mean, tainted)
     read, weight, direct = _read(recurrence, mean, tainted)
@@ -103,9 +103,9 @@ def structure(recurrence: Recurrence) -> Structure:
     )
 
 
-def _depends_on(recurrence: Recurrence, mean: str) -> set[str]:
-    """Names whose value depends on the mean state."""
-    tainted = {mean}
+def depends_on(recurrence: Recurrence, state: str) -> set[str]:
+    """Names whose value depends on a state, its own among them."""
+    tainted = {state}
     for s in recurrence.steps:
         if tainted & {name_of(x) for x in arrays(s.expr)}:
             tainted.add(s.name)
@@ -304,4 +304,4 @@ def _read(recurrence: Recurrence, mean: str, tainted: set[str]) -> tuple[str, sp
     return ("rescaled output" if separate(weight)[2] is None else "elementwise"), weight, direct
 
 
-__all__ = ["V", "Autonomous", "Step", "Structure", "channels", "inline", "separate", "structure"]
+__all__ = ["V", "Autonomous", "Step", "Structure", "channels", "depends_on", "inline", "separate", "structure"]

@@ -148,7 +148,7 @@ def _boundaries(k_out: Tensor, v: Tensor, total: Tensor, s0: Tensor) -> tuple[Te
     return states[:-1], states[-1]
 
 
-def _to_end(g: Tensor) -> Tensor:
+def to_end(g: Tensor) -> Tensor:
     """exp of what a token loses until its chunk's end: the sum over later tokens; g [..., C, X]."""
     later = torch.cat((g[..., 1:, :], torch.zeros_like(g[..., :1, :])), -2)
     return later.flip(-2).cumsum(-2).flip(-2).exp()
@@ -163,7 +163,7 @@ def boundary_states(g: Decay, k: Keys, v: Values, s0: Memory, chunk: int) -> tup
     """
     B, T, H = k.shape[:3]
     k, v, g = (_split(x, chunk) for x in (k, v, _wide(g)))
-    starts, last = _boundaries(k * _to_end(g), v, g.sum(-2), s0.flatten(0, 1))
+    starts, last = _boundaries(k * to_end(g), v, g.sum(-2), s0.flatten(0, 1))
     return starts.unflatten(1, (B, H)).movedim(0, 1), last.unflatten(0, (B, H))
 
 
@@ -433,9 +433,9 @@ def _elementwise_read(q, k, v, prior, M0, I0, bonus, variance):
 def _elementwise(C: int, prior: Tensor, states: tuple[Tensor, Tensor], q, k, v, b, g, spread, w):
     B, T, H, K = q.shape
     q, k, v, b, g, spread, w = (_split(x, C) for x in (q, k, v, b, g, spread, w))
-    to_end, total = _to_end(g), g.sum(-2)
-    M, MT = _boundaries(k * to_end, v, total, states[0].flatten(0, 1))
-    I, IT = _boundaries(spread * to_end, b, total, states[1].flatten(0, 1))
+    decayed, total = to_end(g), g.sum(-2)
+    M, MT = _boundaries(k * decayed, v, total, states[0].flatten(0, 1))
+    I, IT = _boundaries(spread * decayed, b, total, states[1].flatten(0, 1))
     rows = [x.unflatten(1, (B, H)).flatten(0, 1) for x in (q, w, k, v, spread, b, g, M, I)]
     o, z = _Quotient.apply(*rows, prior)
     back = lambda x: _merge(x.unflatten(0, (-1, B)).flatten(1, 2), B, T)  # noqa: E731
@@ -660,7 +660,7 @@ def _solve_tokens(C: int, P0: Tensor, q, k, bk, g, diagonal):
     B, T, H, K = q.shape
     diagonal = _split(diagonal, C, fill=1.0)
     q, k, bk, g = (_split(x, C) for x in (q, k, bk, g))
-    starts, last = _boundaries(k * _to_end(g), bk, g.sum(-2), P0.flatten(0, 1))
+    starts, last = _boundaries(k * to_end(g), bk, g.sum(-2), P0.flatten(0, 1))
     x, shape = torch.empty_like(q), q.shape
     q, k, bk, g, diagonal, starts, x = (y.flatten(0, 1) for y in (q, k, bk, g, diagonal, starts, x))
     for i in _few(starts, _STATES):

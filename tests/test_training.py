@@ -1,0 +1,235 @@
+"""`unify train`: packed rows in a fixed order, a loss that falls, resuming, several processes, what is left behind."""
+
+import itertools
+import json
+import shutil
+import sysconfig
+from dataclasses import replace
+from pathlib import Path
+
+import hosts
+import pytest
+import ranks
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
+
+import unify
+from unify import training
+from unify.errors import UnifyError
+from unify.training import Rows, Source, encoder, train
+
+SOURCES = {"path": sysconfig.get_paths()["stdlib"], "pattern": "*.py"}
+MODEL = {
+    "layers": "palimpsa_key",
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "layer": {"num_heads": 2},
+    "intermediate_size": 64,
+}
+STEPS = 6
+
+
+def configured(folder, **changes):
+    """A small run on Python's own sources, saved in the middle."""
+    trainer = {"max_steps": STEPS, "save_steps": STEPS // 2, "learning_rate": 5e-3, "lr_scheduler_type": "constant"}
+    trainer |= {"output_dir": str(folder), "logging_steps": 1, "use_cpu": True} | changes.pop("trainer", {})
+    return {"model": MODEL, "data": SOURCES, "length": 128, "batch": 4, "trainer": trainer, **changes}
+
+
+def resumed(config):
+    """The losses of the same run, interrupted at its first checkpoint and gone on with."""
+    folder = Path(config["trainer"]["output_dir"])
+    shutil.rmtree(folder / f"checkpoint-{STEPS}")
+    return train(config, resume=True)["history"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run's configuration and what it returned."""
+    config = configured(tmp_path_factory.mktemp("run") / "out")
+    return config, train(config)
+
+
+# --- the stream -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def texts(tmp_path):
+    for name, text in {"a.txt": "abcdef", "b.txt": "", "c.txt": "xy\nz\n", "d.md": "no"}.items():
+        (tmp_path / name).write_text(text)
+    return Source(str(tmp_path), "*.txt", shuffle=False)
+
+
+def first(rows, n):
+    return list(itertools.islice(rows, n))
+
+
+def test_rows_are_documents_packed_one_after_the_other(texts):
+    tokenizer = ByT5Tokenizer(extra_ids=0)
+    rows = first(Rows(texts, encoder(tokenizer), 5), 3)
+    assert [tokenizer.decode(row["input_ids"]) for row in rows] == ["abcde", "f</s></s>xy", "\nz\n</s>a"]
+    assert [row["position_ids"].tolist() for row in rows] == [[0, 1, 2, 3, 4], [0, 1, 0, 0, 1], [0, 1, 2, 3, 0]]
+    assert (rows[1]["labels"] == -100).tolist() == [True, False, True, True, False]
+    assert torch.equal(rows[1]["labels"][1::3], rows[1]["input_ids"][1::3])
+
+
+def test_a_text_that_names_a_special_token_is_text(texts):
+    assert encoder(ByT5Tokenizer(extra_ids=0))("</s>") == [63, 50, 118, 65, 1]
+
+
+def test_lines_and_passes_and_their_order(texts, monkeypatch):
+    assert first(replace(texts, lines=True), 5) == ["abcdef", "xy\n", "z\n", "abcdef", "xy\n"]
+    shuffled = [first(replace(texts, shuffle=True, seed=seed), 30) for seed in (0, 0, 1)]
+    assert shuffled[0] == shuffled[1] != shuffled[2]
+    passes = [tuple(shuffled[0][n : n + 3]) for n in range(0, 30, 3)]
+    assert all(sorted(one) == ["", "abcdef", "xy\nz\n"] for one in passes)
+    assert len(set(passes)) > 1
+
+
+def test_workers_share_the_rows(texts):
+    rows = Rows(texts, encoder(ByT5Tokenizer(extra_ids=0)), 5)
+    loader = torch.utils.data.DataLoader(rows, batch_size=1, num_workers=2)
+    for found, want in zip(first(loader, 6), first(rows, 6), strict=True):
+        assert torch.equal(found["input_ids"][0], want["input_ids"])
+
+
+def test_tables_are_read_by_datasets(tmp_path, monkeypatch):
+    (tmp_path / "t.jsonl").write_text(json.dumps({"body": "abc"}) + "\n")
+    source = Source(str(tmp_path), column="body")
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    with pytest.raises(UnifyError, match="tables are read by the datasets library; pip install datasets"):
+        next(iter(source))
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_falls(trained):
+    losses = [loss for _, loss in trained[1]["history"]]
+    assert losses[0] == pytest.approx(5.56, abs=0.1)  # log(259)
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_an_interrupted_run_has_the_same_losses(trained):
+    config, found = trained
+    assert resumed(config) == found["history"]
+
+
+def test_a_run_that_is_done_does_not_go_on(trained):
+    with pytest.raises(UnifyError, match=f"its {STEPS} steps are done; raise max_steps"):
+        train(trained[0], resume=True)
+
+
+def test_a_stream_that_starts_again_is_seen(trained, monkeypatch):
+    config, found = trained
+    other = json.loads(json.dumps(config))
+    other["trainer"]["ignore_data_skip"] = True
+    assert resumed(other) != found["history"]
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """What two processes found: the losses of the same run, and a sharded model's beside the plain one's."""
+    folder = tmp_path_factory.mktemp("two")
+    told = (2, str(folder), configured(folder / "out"))
+    torch.multiprocessing.start_processes(ranks.train, told, 2, start_method="forkserver")
+    return torch.load(folder / "found.pt")
+
+
+def test_several_processes_have_the_losses_of_one(trained, together):
+    alone, (many, _) = trained[1]["history"], together
+    assert [step for step, _ in many] == list(range(1, STEPS + 1))
+    torch.testing.assert_close([loss for _, loss in many], [loss for _, loss in alone], rtol=1e-5, atol=0)
+
+
+def test_a_sharded_model_is_the_model(together):
+    plain, sharded = together[1]
+    assert sharded == pytest.approx(plain, rel=1e-3)  # its parameters are in half precision
+    assert sharded != plain
+
+
+def test_what_is_left_loads(trained):
+    config, found = trained
+    folder = Path(found["folder"])
+    assert (folder / "model.safetensors").exists()
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    prompt = tokenizer("def ", return_tensors="pt", add_special_tokens=False)
+    assert model.generate(**prompt, max_new_tokens=3).shape == (1, 7)
+    again = train(configured(folder.parent / "again", model=str(folder), trainer={"max_steps": 1}))
+    assert again["loss"] < 0.9 * found["history"][0][1]  # it goes on where the other stopped
+
+
+def test_a_metaplastic_checkpoint_trains_and_resumes(tmp_path):
+    unify.metaplastic(hosts.host("mamba2", vocab_size=259), rank=2, quiet=True).save_pretrained(tmp_path / "host")
+    config = configured(tmp_path / "out", model=str(tmp_path / "host"), trainer={"bf16": True})
+    found = train(config, resume=True)  # from the beginning: there is nothing yet to go on from
+    assert resumed(config) == found["history"]
+    start, end = (unify.load(folder).state_dict() for folder in (tmp_path / "host", found["folder"]))
+    moved = {name for name in start if not torch.equal(start[name], end[name])}
+    assert moved
+    assert all(".importance." in name for name in moved)
+
+
+def test_one_file_serves_one_process_and_many(tmp_path, monkeypatch):
+    config = configured(tmp_path, batch=12, trainer={"max_steps": 1, "fsdp": True, "per_device_train_batch_size": 3})
+    alone = training.arguments(config, "out")
+    assert not alone.fsdp
+    assert alone.gradient_accumulation_steps == 4
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UnifyError, match="batch 14 over 4 processes, 3 rows at a time: they do not divide it"):
+        training.arguments({**config, "batch": 14}, "out")
+
+
+def test_weight_decay_spares_what_layers_flag(tmp_path):
+    config = configured(tmp_path)
+    tokenizer = ByT5Tokenizer(extra_ids=0)
+    model = training.model(MODEL, tokenizer)
+    trainer = training.UnifyTrainer(model=model, args=training.arguments(config, "out"), processing_class=tokenizer)
+    decayed = trainer.get_decay_parameter_names(model)
+    assert "model.layers.0.mixer.out_proj.weight" in decayed
+    assert not any(name.endswith(("A_log", "dt_bias", "importance_scale", "norm.weight")) for name in decayed)
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": 3}, "a training configuration has no such key; use model, data"),
+        ({"length": 0}, "a training configuration must say it"),
+        ({"trainer": {"max_steps": 3, "steps": 3}}, "transformers refuses it"),
+        ({"trainer": {}}, "the stream of rows has no end; say how many steps"),
+        ({"batch": 4, "trainer": {"max_steps": 3, "per_device_train_batch_size": 3}}, "they do not divide it"),
+        ({"data": {"path": "a", "files": 3}}, "it is not a source of text"),
+        ({"data": "nowhere"}, "there is no such file; name a file"),
+        ({"model": {"vocab_size": 100}}, "the model has no row for some tokens"),
+        ({"model": "no-such"}, "there is no such preset"),
+    ],
+)
+def test_mistakes_are_said_in_a_sentence(tmp_path, changes, message):
+    with pytest.raises(UnifyError, match=message):
+        train({**configured(tmp_path), **changes})
+
+
+def test_a_folder_without_text_is_refused(tmp_path):
+    (tmp_path / "a").touch()
+    with pytest.raises(UnifyError, match="there is no text in it"):
+        next(iter(Rows(Source(str(tmp_path)), encoder(ByT5Tokenizer(extra_ids=0)), 4)))
+
+
+def test_the_command_reads_json_and_yaml(tmp_path, monkeypatch):
+    from test_cli import complaint
+    from test_cli import unify as command
+
+    monkeypatch.chdir(tmp_path)
+    config = configured(tmp_path / "out", trainer={"max_steps": 1})
+    (tmp_path / "small.json").write_text(json.dumps(config))
+    assert json.loads(command("train", "small.json", "--json"))["steps"] == 1
+    del config["trainer"]["output_dir"]
+    (tmp_path / "small.yaml").write_text(json.dumps(config))  # JSON is YAML
+    assert "small: AutoModelForCausalLM.from_pretrained loads it." in command("train", "small.yaml")
+    (tmp_path / "broken.json").write_text("{")
+    assert "it cannot be read" in complaint("train", "broken.json")
+    (tmp_path / "list.json").write_text("[]")
+    assert "it is no table of keys" in complaint("train", "list.json")

@@ -1,0 +1,353 @@
+"""One sequence over several processes: ranks exchange what their pieces do to the states, and nothing else.
+
+    far = unify.context_parallel(unify.compile(triple))   # under torchrun, after torch.distributed.init_process_group
+    o = far(q, k, v, g=g, ...)                            # this rank's piece of the sequence, in the order of the ranks
+
+A state that only decays and is added to is known after a piece of the sequence before it is known ahead of it:
+X' = exp(G) X + W, with G the piece's summed log decay and W what it adds from zero. So every rank computes its (G, W) by
+matrix products, one all-gather brings them together, each rank composes its own start, and the ordinary op runs from
+there. Backwards the same happens to the adjoints, in the other order. Nothing is ever divided by a decay.
+
+    python -m unify.distributed --bench --world 2 --model palimpsa        # seconds and tokens/s of 1 and of 2 processes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from .carry import Carry, carries
+from .errors import UnifyError
+from .lower import chunked, parallel
+from .op import Op, compile, uncast
+
+
+@dataclass(frozen=True)
+class ContextParallel:
+    """An op over a sequence that lies in pieces, one on each rank of a group; made by `context_parallel`."""
+
+    op: Op
+    group: Any = None
+    carries: tuple[Carry, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "carries", carries(self.op.recurrence, self.op.structure))
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor | None = None,
+        v: Tensor | None = None,
+        *,
+        scale: float | None = None,
+        initial_state: tuple[Tensor, ...] | None = None,
+        output_final_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+        return_variance: bool = False,
+        **gates: Tensor,
+    ):
+        """Run this rank's piece of the sequence: what `Op.__call__` returns for its tokens, had it seen all of them.
+
+        q, k, v, gates: as `Op.__call__`, [B, T of this piece, H, ...]; pieces lie in the order of the ranks and may differ
+            in length. Static arguments are the same on every rank, and so are the options.
+        initial_state: before the first token of all; only the first rank's is read.
+        Returns o, the variance if asked for, and the state after the last token of all, the same on every rank.
+        Gradients: every rank must call backward, as it must call this. Those of tokens are whole; that of a static
+        argument is this rank's share, and the sum over ranks is whole (data-parallel training adds it up); that of
+        initial_state is on the first rank. A loss that uses the final state must use it on one rank only.
+        Raises UnifyError as the op does, without a process group, and for cu_seqlens.
+        """
+        check_group(cu_seqlens)
+        inputs = {name: x for name, x in {"q": q, "k": k, "v": v, **gates}.items() if x is not None}
+        start = self._start(inputs, initial_state, output_final_state)
+        shown = {"return_variance": return_variance, "scale": scale}
+        out = self.op(**inputs, **shown, initial_state=start[: len(self.carries)])
+        if not output_final_state:
+            return out
+        return (*(out if return_variance else (out,)), self.op.state_type(*start[len(self.carries) :]))
+
+    def _start(self, inputs: dict[str, Tensor], initial: Any, final: bool) -> tuple[Tensor, ...]:
+        """The states this piece starts from; then, if wanted, those after the last piece."""
+        sizes, q = self.op._check(inputs), inputs["q"]
+        start: tuple = (None,) * len(self.carries)
+        with uncast(q.device.type):
+            if dist.get_rank(self.group) == 0:
+                start = self.op._initial(initial, inputs, sizes["B"], sizes, _wide(self.op, q))
+            # the arguments alone are kept for the gradient
+            found = checkpoint(effect, self.op, self.carries, inputs, use_reentrant=False, preserve_rng_state=False)
+            return _Exchange.apply(self.group, final, *found, *start)
+
+    def before(self, x: Tensor, count: int, start: Tensor) -> tuple[Tensor, Tensor]:
+        """The `count` rows of x [B, T, C] before this piece (`start` [B, count, C] before the first), and the very last.
+
+        Raises UnifyError where a piece is shorter than that.
+        """
+        if x.shape[1] < count:
+            given, fails = f"a piece of {x.shape[1]} tokens", f"the next one needs its last {count}"
+            raise UnifyError(given, fails, "use longer pieces, or fewer of them")
+        previous, last = _Tails.apply(self.group, x[:, x.shape[1] - count :])
+        return (previous if dist.get_rank(self.group) else previous + start), last
+
+    def lengths(self, x: Tensor) -> tuple[int, int]:
+        """How many tokens lie in the pieces before this one, and in all."""
+        found = [int(n) for (n,) in gather([torch.tensor(x.shape[1], device=x.device)], self.group)]
+        return sum(found[: dist.get_rank(self.group)]), sum(found)
+
+
+def context_parallel(op: Op, group: Any = None) -> ContextParallel:
+    """The op for sequences that are longer than one device: each rank of a process group holds one piece.
+
+        X_r+1 = exp(G_r) X_r + W_r        X_r: a state before rank r's piece, G_r, W_r: what the piece does to it
+
+    op: whose states all decay and are added to without a look at any state; that is read off its equations.
+    group: of torch.distributed; None is all processes. Cost: one all-gather of the states' size, forward and backward.
+    Returns a callable with the op's signature, see `ContextParallel`. Raises UnifyError for any other op.
+    """
+    if not isinstance(op, Op):
+        raise UnifyError(f"context_parallel({type(op).__name__})", "it takes an op", "pass unify.compile(triple)")
+    return ContextParallel(op, group)
+
+
+def check_group(cu_seqlens: Tensor | None) -> None:
+    """Raises UnifyError for packed sequences, and where there is only one process."""
+    if cu_seqlens is not None:
+        given, fails = "packed or padded sequences over several ranks", "a piece is one stretch of one sequence a row"
+        raise UnifyError(given, fails, "give each rank whole sequences, and the op itself")
+    if not dist.is_initialized():
+        given, fails = "a sequence over several ranks, in one process", "there is no process group"
+        raise UnifyError(given, fails, "call torch.distributed.init_process_group first, or use the op itself")
+
+
+# --- what a piece does ------------------------------------------------------------------------------------------------
+
+
+def effect(op: Op, carried: tuple[Carry, ...], inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """What a piece does to each state: (*G, *W), X' = exp(G) X + W.
+
+    G: broadcastable to the state [B, H, ...], summed log decay; W: [B, H, ...], the state after the piece from zero.
+    Both in at least float32.
+    """
+    inputs = {name: x.to(_wide(op, inputs["q"])) for name, x in inputs.items()}
+    request = parallel.Request(op.recurrence, op.structure, {}, {}, False, None)
+    seq = parallel.Sequence(request, inputs, (None,) * len(carried), 1.0, parallel.Chunked())
+    total = [_total(seq, x) for x in carried]
+    if all(x.writes is not None for x in carried):
+        return (*total, *(_written(seq, x, g) for x, g in zip(carried, total, strict=True)))
+    zero = tuple(_zero(seq, x) for x in carried)
+    return (*total, *op(**inputs, initial_state=zero, output_final_state=True)[-1])
+
+
+def _wide(op: Op, q: Tensor) -> torch.dtype:
+    return torch.float64 if op.backend == "reference" or q.dtype == torch.float64 else torch.float32
+
+
+def _zero(seq: parallel.Sequence, x: Carry) -> Tensor:
+    B, _, H = seq.shape[:3]
+    return seq.raw["q"].new_zeros(B, H, *seq.sizes(x.dims))
+
+
+def _total(seq: parallel.Sequence, x: Carry) -> Tensor:
+    """The piece's log decay, with an axis for each channel of the state (of length 1 where all decay alike)."""
+    total = seq.raw["q"].new_zeros((1,) * (2 + len(x.dims)))
+    for where, g in x.decays:
+        g = seq.full(g, where).sum(1)
+        total = total + g.reshape(*g.shape[:2], *(seq.sizes((d,))[0] if d in where else 1 for d in x.dims))
+    return total.expand(seq.shape[0], seq.shape[2], *total.shape[2:])
+
+
+def _written(seq: parallel.Sequence, x: Carry, total: Tensor) -> Tensor:
+    """The state after the piece, from zero: each write decayed by what comes after it, summed by a matrix product."""
+    sides = [(d,) for d in x.dims] or [()]
+    if x.writes:
+        weights = [_weight(seq, x, side, first=n == 0) for n, side in enumerate(sides)]
+        factors = [
+            torch.cat([_rows(seq, term[n], side) * weights[n] for term in x.writes], 2) for n, side in enumerate(sides)
+        ]
+        out = factors[0].mT @ factors[1] if len(sides) == 2 else factors[0].sum(2)
+        out = out if x.dims else out[..., 0]
+    else:
+        out = _zero(seq, x)
+    return out if x.rest == 0 else out - torch.expm1(total) * seq.value(x.rest, x.dims)
+
+
+def _weight(seq: parallel.Sequence, x: Carry, side: tuple, first: bool) -> Tensor | float:
+    """What a factor of a write keeps until the piece's end; the first one takes the decays without a channel."""
+    logs = [_rows(seq, g, where) for where, g in x.decays if where == side or (first and not where)]
+    return chunked.to_end(torch.stack(torch.broadcast_tensors(*logs)).sum(0)) if logs else 1.0
+
+
+def _rows(seq: parallel.Sequence, expr: Any, where: tuple) -> Tensor:
+    """An expression at every token, [B, H, T, channels]."""
+    x = seq.full(expr, where)
+    return (x if where else x[..., None]).transpose(1, 2)
+
+
+# --- what ranks exchange ----------------------------------------------------------------------------------------------
+
+
+def gather(xs: Sequence[Tensor], group: Any) -> list[list[Tensor]]:
+    """The tensors of every rank, in the order of the ranks, by one all-gather; shapes are the same on all."""
+    flat = torch.cat([x.flatten() for x in xs])
+    found = [torch.empty_like(flat) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(found, flat, group)
+    sizes = [x.numel() for x in xs]
+    return [[part.view_as(x) for part, x in zip(one.split(sizes), xs, strict=True)] for one in found]
+
+
+def compose(effects: Sequence[Sequence[Tensor]], n: int) -> list[list[Tensor]]:
+    """The n states before each piece and after the last, from zero; effects: (*G, *W) of each piece."""
+    states = [[torch.zeros_like(w) for w in effects[0][n:]]]
+    for found in effects:
+        states.append([g.exp() * x + w for g, w, x in zip(found[:n], found[n:], states[-1], strict=True)])
+    return states
+
+
+class _Exchange(torch.autograd.Function):
+    """(G, W) of each rank's piece -> the states X that this rank's starts from, and those after the last if `final`.
+
+    X_0 = start, X_r+1 = exp(G_r) X_r + W_r. With D_r the gradient of X_r+1, D_r-1 = dX_r + exp(G_r) D_r: the same sum
+    from the other end, for which ranks exchange dX. start: the first rank's; None on the others.
+    """
+
+    @staticmethod
+    def forward(ctx, group, final: bool, *given):
+        n = len(given) // 3
+        total, written, start = given[:n], given[n : 2 * n], given[2 * n :]
+        rank = dist.get_rank(group)
+        if rank == 0:
+            written = [g.exp() * x + w for g, w, x in zip(total, written, start, strict=True)]
+        effects = gather([*total, *written], group)
+        states = compose(effects, n)
+        mine = states[rank] if rank else [x.clone() for x in start]
+        ctx.group, ctx.final, ctx.n = group, final, n
+        ctx.save_for_backward(*mine, *(g for found in effects[rank:] for g in found[:n]))
+        return (*mine, *(states[-1] if final else ()))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        n, rank = ctx.n, dist.get_rank(ctx.group)
+        mine, *later = zip(*[iter(ctx.saved_tensors)] * n, strict=True)
+        found = gather(grads, ctx.group)
+        D = [sum(x) for x in zip(*(dx[n:] for dx in found), strict=True)] if ctx.final else map(torch.zeros_like, mine)
+        for dx, total in reversed(list(zip(found[rank + 1 :], later[1:], strict=True))):
+            D = [d + g.exp() * D for d, g, D in zip(dx[:n], total, D, strict=True)]
+        D = list(D)
+        passed = [g.exp() * d for g, d in zip(later[0], D, strict=True)]
+        d_total = [(x * d).sum_to_size(g.shape) for x, d, g in zip(mine, passed, later[0], strict=True)]
+        d_start = [dx + d for dx, d in zip(found[0], passed, strict=False)] if rank == 0 else [None] * n
+        return None, None, *d_total, *D, *d_start
+
+
+class _Tails(torch.autograd.Function):
+    """The last rows of each rank's piece -> those of the rank before (zeros on the first) and of the last rank."""
+
+    @staticmethod
+    def forward(ctx, group, tail):
+        ctx.group, rank = group, dist.get_rank(group)
+        found = [x for (x,) in gather([tail], group)]
+        return found[rank - 1] if rank else torch.zeros_like(tail), found[-1].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        found, rank = gather(grads, ctx.group), dist.get_rank(ctx.group)
+        return None, found[rank + 1][0] if rank + 1 < len(found) else sum(last for _, last in found)
+
+
+# --- how much faster --------------------------------------------------------------------------------------------------
+
+
+def bench(
+    rank: int, world: int, meet: str, device: str, model: str, size: tuple[int, ...], repeats: int, out: Any
+) -> None:
+    """One process of the benchmark: seconds of a forward and backward over its piece, checked before they are timed.
+
+    size: (B, T, H, K, V) of the whole sequence. The first rank puts (median seconds, largest relative error of o) into out.
+    """
+    import time
+
+    from .models.zoo import get
+    from .testing import random_inputs, relative_error
+    from .verify import tokens
+
+    cuda = torch.device("cuda", rank) if device == "cuda" else None
+    if cuda:
+        torch.cuda.set_device(cuda)
+    dist.init_process_group("nccl" if cuda else "gloo", f"file://{meet}", rank=rank, world_size=world, device_id=cuda)
+    op = compile(get(model).triple)
+    far = context_parallel(op) if world > 1 else op
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+
+    def given(seed: int, T: int) -> dict[str, Tensor]:
+        B, _, H, K, V = size
+        x = random_inputs(op, seed, B, T, H, K, V, gates="weak", dtype=torch.float32)
+        return {name: y.to(device, dtype if name in "qkv" else torch.float32) for name, y in x.items()}
+
+    ends = lambda T: (T * rank // world, T * (rank + 1) // world)  # noqa: E731
+    short = min(size[1], 4096)
+    start, stop = ends(short)
+    whole = given(0, short)
+    here = relative_error(far(**tokens(op, whole, start, stop)).float(), op(**whole)[:, start:stop].float())
+    error = torch.tensor(here, device=device)
+    dist.all_reduce(error, dist.ReduceOp.MAX)
+    start, stop = ends(size[1])
+    piece = {name: y.requires_grad_() for name, y in given(rank, stop - start).items()}
+    seconds = []
+    for _ in range(repeats + 2):
+        dist.barrier()
+        start = time.perf_counter()
+        far(**piece).float().square().sum().backward()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        dist.barrier()
+        seconds.append(time.perf_counter() - start)
+    if rank == 0:
+        out.put((sorted(seconds[2:])[repeats // 2], error.item()))
+    dist.destroy_process_group()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line: one line for one process, one for several."""
+    import argparse
+    import tempfile
+
+    from .device import versions
+    from .models.zoo import get
+
+    parser = argparse.ArgumentParser(prog="python -m unify.distributed", description=__doc__.split("\n")[0])
+    parser.add_argument("--bench", action="store_true", required=True, help="time 1 against --world processes")
+    parser.add_argument("--world", type=int, default=2)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--model", default="palimpsa")
+    parser.add_argument("--size", default="1,65536,16,96,192", help="B,T,H,K,V of the whole sequence")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--tolerance", type=float, default=2e-2, help="largest relative error of o of a time that is told"
+    )
+    given = parser.parse_args(arguments)
+    context_parallel(compile(get(given.model).triple))  # refuses here what it would refuse in every process
+    size, one = tuple(map(int, given.size.split(","))), None
+    print(f"{given.model}, B, T, H, K, V = {size}, forward + backward, {versions(given.device)}")
+    for world in (1, given.world):
+        with tempfile.TemporaryDirectory() as folder:
+            out = torch.multiprocessing.get_context("spawn").SimpleQueue()
+            told = (world, f"{folder}/meet", given.device, given.model, size, given.repeats, out)
+            torch.multiprocessing.spawn(bench, told, world)
+        seconds, error = out.get()
+        if error > given.tolerance:
+            raise SystemExit(f"o is off by {error:.1e}: its time is worth nothing")
+        one = one or seconds
+        print(f"{world} process{'es' * (world > 1)}: {seconds:.4g} s, {size[0] * size[1] / seconds:.4g} tokens/s, "
+              f"{one / seconds:.2f} x, o off by {error:.1e}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
