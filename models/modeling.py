@@ -9,6 +9,7 @@ Attention, rotary positions, masks and caches are transformers' own; what is our
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -250,9 +251,22 @@ class UnifyModel(UnifyPreTrainedModel):
             made = dict(attention_mask)
         else:
             shown = {"config": self.config, "inputs_embeds": x, "attention_mask": attention_mask}
-            shown |= {"past_key_values": cache, "position_ids": position_ids}
-            made = {kind: MASKS[kind](**shown) for kind in set(self.config.layer_types)}
+            shown["position_ids"] = position_ids
+            kept = {MEMORY: cache}
+            made = {
+                kind: MASKS[kind](**shown, past_key_values=kept.get(kind, _attending(cache)))
+                for kind in set(self.config.layer_types)
+            }
         return made if packing is None else {**made, MEMORY: packing}
+
+
+def _attending(cache: Cache | None) -> Cache | None:
+    """A cache as attention's masks should see it: their size is that of a layer that keeps keys, never a memory's."""
+    if cache is None:
+        return None
+    seen = copy.copy(cache)
+    seen.layers = [layer for layer in cache.layers if not isinstance(layer, Memory)]
+    return seen
 
 
 def _packing(

@@ -174,6 +174,17 @@ def test_generation(layers):
     assert torch.equal(*sampled)
 
 
+@pytest.mark.parametrize("attention", ["full_attention", "sliding_attention"])
+def test_masks_are_sized_by_attention_whatever_transformers_takes_a_memory_for(attention, monkeypatch):
+    """transformers 5.24 counts a memory among layers that keep keys."""
+    model, ids, mask = make(["gated_deltanet", attention]), words(), torch.ones(2, 9, dtype=torch.int64)
+    mask[0, :4] = 0
+    expected = model.generate(ids, attention_mask=mask, max_new_tokens=4)
+    monkeypatch.setattr(StaticCache, "is_linear", property(lambda cache: [False] * len(cache.layers)))
+    static = model.generate(ids, attention_mask=mask, cache_implementation="static", max_new_tokens=4)
+    assert torch.equal(static, expected)
+
+
 def test_positions_may_be_one_row_for_all():
     model, mask = make(["meta_retnet", "full_attention"]), torch.ones(2, 9, dtype=torch.int64)
     mask[0, :4] = 0
