@@ -186,15 +186,22 @@ def check(model: PreTrainedModel, convert: Callable[[PreTrainedModel], object], 
     training = model.training
     model.eval()
     try:
-        before = {name: run(model) for name, run in runs.items()}
+        before = _outputs(model, runs)
+        convert(model)
+        errors = {name: _error(run(model), before[name]) for name, run in runs.items()}
+    finally:
+        model.train(training)
+    return Check(errors, ROUNDING)
+
+
+def _outputs(model: PreTrainedModel, runs: dict[str, Callable[[PreTrainedModel], Tensor]]) -> dict[str, Tensor]:
+    """What a host makes of each kind of input. Raises UnifyError where it does not run."""
+    try:
+        return {name: run(model) for name, run in runs.items()}
     except Exception as error:  # kernels that want a GPU, above all
         reason = " ".join(str(error).split())[:200]
         works = "compare where its kernels run, or convert without comparing (--no-check)"
         raise UnifyError(type(model).__name__, f"it does not run here ({reason})", works) from error
-    convert(model)
-    errors = {name: _error(run(model), before[name]) for name, run in runs.items()}
-    model.train(training)
-    return Check(errors, ROUNDING)
 
 
 def _error(found: Tensor, expected: Tensor) -> float:

@@ -20,10 +20,8 @@ from unify.models.zoo import get
 from unify.op import Op, compile
 from unify.triple import Architecture, Triple
 
-SHAPES = {
-    "key": "head",
-    "diagonal": "value",
-}  # curvature that becomes the posterior's -> shape of the importance it needs
+SHAPES = {"key": "head", "diagonal": "value"}
+"""The posterior's new curvature -> the shape of the importance that it needs."""
 
 
 class Importance(nn.Module):
@@ -44,13 +42,8 @@ class Importance(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, T, hidden] -> [B, T, H] (one channel) or [B, T, H, V], float32, >= 0."""
         scale = self.scale.float()
-        b = (
-            self.up(self.down(x.to(self.down.weight.dtype)))
-            .float()
-            .sigmoid()
-            .unflatten(-1, (self.heads, self.channels))
-        )
-        b = b * torch.where(scale >= 0, scale, -scale)[:, None]
+        raw = self.up(self.down(x.to(self.down.weight.dtype))).unflatten(-1, (self.heads, self.channels))
+        b = raw.float().sigmoid() * torch.where(scale >= 0, scale, -scale)[:, None]
         return b[..., 0] if self.channels == 1 else b
 
 

@@ -94,6 +94,14 @@ def test_the_comparison_sees_a_state_that_is_not_carried(monkeypatch):
     assert result.errors["text"] < result.bound
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_the_comparison_leaves_training_as_it_was_even_where_it_fails(training):
+    model = host("mamba2").train(training)
+    with pytest.raises(UnifyError, match="rank=0"):
+        check(model, lambda m: metaplastic(m, rank=0))
+    assert model.training == training
+
+
 def test_the_comparison_sees_a_nan():
     assert not Check({"text": float("nan")}, 1.0).ok
 

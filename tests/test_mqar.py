@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from test_cli import complaint, terminal, too_wide, unify  # noqa: F401
 
 from unify.errors import UnifyError
-from unify.mqar import run as running
 from unify.mqar import sweep as sweeping
 from unify.mqar.report import draw, markdown, standings
 from unify.mqar.run import MODELS, Run, accuracy, config, cost, small_decays, train
@@ -338,11 +337,3 @@ def test_mistakes_on_the_command_line():
     assert "no list of numbers" in complaint("mqar", "--seeds", "one")
     assert "nothing is trained there" in complaint("mqar", "--device", "tpu")
     assert "write 512x128" in complaint("mqar", "--tasks", "512")
-
-
-def test_the_toy_is_what_the_readme_says_it_is():
-    from unify.cli_mqar import TOY, TOY_RATE, TOY_TASK
-
-    run = Run("mamba2", Task.parse(TOY_TASK, vocab=64), lr=float(TOY_RATE), **TOY)
-    assert (run.steps, run.task.length, run.task.pairs) == (1024, 32, 8)
-    assert running.SOLVED == 0.99

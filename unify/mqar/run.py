@@ -71,11 +71,13 @@ class Run:
         return self.epochs * (self.sequences // self.batch)
 
 
-@cache
 def config(run: Run):
     """The `UnifyConfig` of a run; a matched one has the values' width that comes closest."""
-    if run.match == "none":
-        return _plain(run)
+    return _plain(run) if run.match == "none" else _matched(replace(run, lr=0.0, seed=0))
+
+
+@cache  # a search, the same for every rate and seed
+def _matched(run: Run):
     wanted = cost(_plain(replace(run, model="mamba2")))[run.match]
     size = lambda v: cost(_plain(replace(run, expand_v=v / run.head_dim)))[run.match]  # noqa: E731
     low, high = 1, 16 * run.head_dim  # a size grows with the width

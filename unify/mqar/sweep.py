@@ -23,7 +23,9 @@ def load(path: Path) -> list[dict[str, Any]]:
     """The records of a file, without a last line that was cut off. Raises UnifyError where a whole line is no record."""
     if not path.exists():
         return []
-    *lines, last = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_text(encoding="utf-8").split("\n")[
+        :-1
+    ]  # after the last line's end stands nothing, or what a kill cut off
     try:
         records = [json.loads(line) for line in lines if line]
         return records if all("key" in r and "accuracy" in r for r in records) else _refuse(path)
@@ -40,7 +42,7 @@ def add(path: Path, record: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     with path.open("a", encoding="utf-8") as file:
-        if text and not text.endswith("\n"):  # what a kill cut off: end its line and leave it out by what it holds
+        if text and not text.endswith("\n"):  # what a kill cut off
             file.truncate(len(text[: text.rfind("\n") + 1].encode()))
         file.write(json.dumps(record) + "\n")
         file.flush()
