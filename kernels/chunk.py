@@ -105,6 +105,22 @@ def weight(x, ACC: tl.constexpr):
     return tl.exp(tl.minimum(x, 0.0).to(ACC))
 
 
+@triton.jit
+def near(G, start, end, h, H, BEFORE: tl.constexpr, C: tl.constexpr, ACC: tl.constexpr):
+    """One decay a head, from the chunk's start to what each token reads, [C, 1]."""
+    if BEFORE:
+        return weight(load(G, start, end, h, H, 1, 0, C, 1, 1), ACC)
+    else:
+        return weight(load(G, start, end, h, H, 1, 0, C, 1), ACC)
+
+
+@triton.jit
+def far(G, start, end, h, H, C: tl.constexpr, ACC: tl.constexpr):
+    """One decay a head, from what each token writes to the chunk's end, [C, 1]."""
+    total = load_row(G, end - 1, h, H, 1, 0, 1)[None, :]
+    return weight(total - load(G, start, end, h, H, 1, 0, C, 1), ACC)
+
+
 # ---- pairs of tokens -------------------------------------------------------------------------------------------------
 
 
@@ -116,6 +132,17 @@ def causal(C: tl.constexpr, BEFORE: tl.constexpr):
         return i[:, None] > i[None, :]
     else:
         return i[:, None] >= i[None, :]
+
+
+@triton.jit
+def between(G, start, end, h, H, BEFORE: tl.constexpr, BACK: tl.constexpr, C: tl.constexpr, ACC: tl.constexpr):
+    """One decay a head, from each token's write to each token's read, [reads, writes]; 0 where it is not seen. BACK: transposed."""
+    after = load(G, start, end, h, H, 1, 0, C, 1)
+    seen = load(G, start, end, h, H, 1, 0, C, 1, 1) if BEFORE else after
+    if BACK:
+        return tl.where(tl.trans(causal(C, BEFORE)), weight(tl.trans(seen) - after, ACC), 0.0)
+    else:
+        return tl.where(causal(C, BEFORE), weight(seen - tl.trans(after), ACC), 0.0)
 
 
 @triton.jit
@@ -173,66 +200,71 @@ def _cumulate(g, G, offsets, N, L, C: tl.constexpr, BL: tl.constexpr):
 
 @triton.jit
 def _scores(
-    read, written, A, near, far, G, offsets, N, H, K, X,
-    GATE: tl.constexpr, BEFORE: tl.constexpr, NEAR: tl.constexpr, FAR: tl.constexpr,
+    read, second, written, A, A2, reads, reads2, writes, G, offsets, N, H, K, X,
+    GATE: tl.constexpr, BEFORE: tl.constexpr, TWO: tl.constexpr, NEAR: tl.constexpr, FAR: tl.constexpr,
     C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BX: tl.constexpr, DT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """A[t, s] = sum_j read_tj exp(sum of g_j over s < i <= t, or < t if BEFORE) written_sj; [tokens, H, C].
 
-    NEAR: store the reads decayed from the chunk's start; FAR: the writes decayed to its end; both [tokens, H, K].
+    TWO: A2 too, of second, a read before its token's update. Both only with a decay per channel; there also NEAR: the reads
+    decayed from the chunk's start, and FAR: the writes decayed to its end, [tokens, H, K].
     """
     start, end = locate(tl.program_id(0), offsets, N, C)
     if start >= end:
         return
     h, i = tl.program_id(1), tl.arange(0, C)
-    if NEAR or FAR:
-        for k0 in range(0, K, BK):
-            x0 = k0 if BX > 1 else 0
-            after = load(G, start, end, h, H, X, x0, C, BX)
-            if NEAR:
-                seen = load(G, start, end, h, H, X, x0, C, BX, 1) if BEFORE else after
-                x = load(read, start, end, h, H, K, k0, C, BK) * weight(seen, ACC)
-                store(near, x, start, end, h, H, K, k0, C, BK)
-            if FAR:
-                total = load_row(G, end - 1, h, H, X, x0, BX)[None, :]
-                y = load(written, start, end, h, H, K, k0, C, BK) * weight(total - after, ACC)
-                store(far, y, start, end, h, H, K, k0, C, BK)
-    acc = tl.zeros([C, C], ACC)
+    acc, acc2 = tl.zeros([C, C], ACC), tl.zeros([C, C], ACC)
     for k0 in range(0, K, BK):
         x = load(read, start, end, h, H, K, k0, C, BK)
         y = load(written, start, end, h, H, K, k0, C, BK)
         if GATE == CHANNEL:
             after = load(G, start, end, h, H, X, k0, C, BX)
-            seen = load(G, start, end, h, H, X, k0, C, BX, 1) if BEFORE else after
+            before = load(G, start, end, h, H, X, k0, C, BX, 1)
             x, y = x.to(ACC), y.to(ACC)
-            if not BEFORE:
+            if NEAR:
+                store(reads, x * weight(before if BEFORE else after, ACC), start, end, h, H, K, k0, C, BK)
+            if FAR:
+                left = load_row(G, end - 1, h, H, X, k0, BX)[None, :] - after
+                store(writes, y * weight(left, ACC), start, end, h, H, K, k0, C, BK)
+            if TWO:
+                x2 = load(second, start, end, h, H, K, k0, C, BK).to(ACC)
+                if NEAR:
+                    store(reads2, x2 * weight(before, ACC), start, end, h, H, K, k0, C, BK)
+            if not BEFORE:  # from here on it is a read before the update, of what the token itself will keep
                 acc += tl.where(i[:, None] == i[None, :], tl.sum(x * y, 1)[:, None], 0.0)
+                x *= weight(after - before, ACC)
             ahead = border(G, 0, start, end, h, H, X, k0, C, BK)
             for level in range(LEVELS):
                 middle, ahead = ahead, border(G, level + 1, start, end, h, H, X, k0, C, BK)  # under way early
-                second, faces = facing(level, C)
-                z = tl.where(second, x, y) * weight(tl.where(second, seen - middle, middle - after), ACC)
+                later, faces = facing(level, C)
+                decay = weight(tl.where(later, before - middle, middle - after), ACC)
+                z = tl.where(later, x, y) * decay
                 acc += tl.where(faces, dot(z, tl.trans(z), DT, ACC), 0.0)
+                if TWO:
+                    z = tl.where(later, x2, y) * decay
+                    acc2 += tl.where(faces, dot(z, tl.trans(z), DT, ACC), 0.0)
         else:
             acc += dot(x, tl.trans(y), DT, ACC)
     if GATE == HEAD:
-        after = load(G, start, end, h, H, 1, 0, C, 1)
-        seen = load(G, start, end, h, H, 1, 0, C, 1, 1) if BEFORE else after
-        acc *= weight(seen - tl.trans(after), ACC)
+        acc *= between(G, start, end, h, H, BEFORE, False, C, ACC)
     store(A, tl.where(causal(C, BEFORE), acc, 0.0), start, end, h, H, C, 0, C, C)
+    if TWO:
+        store(A2, tl.where(causal(C, True), acc2, 0.0), start, end, h, H, C, 0, C, C)
 
 
 @triton.jit
 def _walk(
-    x, z, u, a, b, v, G, s0, starts, last, offsets, c, H, K, V, X,
-    REVERSE: tl.constexpr, RANK: tl.constexpr, ADDED: tl.constexpr,
+    x, z, u, a, b, v, gain, G, s0, starts, last, offsets, c, H, K, V, X,
+    REVERSE: tl.constexpr, RANK: tl.constexpr, ADDED: tl.constexpr, GAIN: tl.constexpr, BEFORE: tl.constexpr,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BX: tl.constexpr, DT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """S from chunk to chunk, kept at each one's border: S <- decay S + a^T u + c b^T v with u = z - x S.
 
     Forward in time, a and b are writes decayed to their chunk's end, and S is kept at chunks' starts. In REVERSE they are
     reads decayed from its start, S is an adjoint kept at chunks' ends, and u = z + x S is subtracted. RANK: there is a u;
-    ADDED: there is a v.
+    ADDED: there is a v; GAIN: a factor of it, [tokens, H].
+    With one decay a head (BX = 1) a and b come as they are, and here what they are multiplied with decays instead; in REVERSE
+    a is read before its token's update, b if BEFORE.
     """
     blocks = tl.cdiv(V, BV)
     tiles = tl.cdiv(K, BK) * blocks
@@ -255,39 +287,64 @@ def _walk(
             store(u, unknown, start, end, h, H, V, v0, C, BV)
         S *= weight(load_row(G, end - 1, h, H, X, k0 if BX > 1 else 0, BX), ACC)[:, None]
         if RANK:
+            if BX == 1:
+                unknown *= near(G, start, end, h, H, True, C, ACC) if REVERSE else far(G, start, end, h, H, C, ACC)
             change = dot(tl.trans(load(a, start, end, h, H, K, k0, C, BK)), unknown, DT, ACC)
             S = S - change if REVERSE else S + change
         if ADDED:
-            keys = load(b, start, end, h, H, K, k0, C, BK)
-            S += c * dot(tl.trans(keys), load(v, start, end, h, H, V, v0, C, BV), DT, ACC)
+            keys, values = load(b, start, end, h, H, K, k0, C, BK), load(v, start, end, h, H, V, v0, C, BV)
+            if BX == 1:
+                share = near(G, start, end, h, H, BEFORE, C, ACC) if REVERSE else far(G, start, end, h, H, C, ACC)
+                if GAIN:
+                    share *= load(gain, start, end, h, H, 1, 0, C, 1).to(ACC)
+                S += c * dot(tl.trans(keys), values * share, DT, ACC)
+            else:
+                S += c * dot(tl.trans(keys), values, DT, ACC)
     target, inside = matrix_at(last, row, K, V, k0, v0, BK, BV)
     tl.store(target, S, mask=inside)
 
 
 @triton.jit
 def _read(
-    key, S, A1, x1, A2, x2, out, offsets, c0, c1, c2, N, H, K, V,
-    BACK: tl.constexpr, TWO: tl.constexpr,
+    key, S, A1, x1, A2, x2, G, out, offsets, c0, c1, c2, N, H, K, V,
+    GATE: tl.constexpr, BACK: tl.constexpr, TWO: tl.constexpr, BEFORE: tl.constexpr, BEFORE2: tl.constexpr,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """out = c0 key S + c1 A1 x1 (+ c2 A2 x2): decayed reads of the state at the chunk's start and of the chunk's own writes.
 
-    BACK: key is a decayed write, S the adjoint at the chunk's end, and the scores are transposed.
+    BACK: key is a decayed write, S the adjoint at the chunk's end, and the scores A are transposed.
+    With one decay a head key comes as it is, and in place of the scores what it meets, writes or if BACK reads [tokens, H, K].
     """
     blocks = tl.cdiv(V, BV)
     slot, v0, h = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BV, tl.program_id(1)
     start, end = locate(slot, offsets, N, C)
     if start >= end:
         return
-    acc = tl.zeros([C, BV], ACC)
+    acc, first, second = tl.zeros([C, BV], ACC), tl.zeros([C, C], ACC), tl.zeros([C, C], ACC)
     for k0 in range(0, K, BK):
         at, inside = matrix_at(S, slot * H + h, K, V, k0, v0, BK, BV)
-        acc += dot(load(key, start, end, h, H, K, k0, C, BK), tl.load(at, mask=inside, other=0.0), DT, ACC)
-    pairs = load(A1, start, end, h, H, C, 0, C, C)
-    acc = c0 * acc + c1 * dot(tl.trans(pairs) if BACK else pairs, load(x1, start, end, h, H, V, v0, C, BV), DT, ACC)
+        keys = load(key, start, end, h, H, K, k0, C, BK)
+        acc += dot(keys, tl.load(at, mask=inside, other=0.0), DT, ACC)
+        if GATE == HEAD:
+            first += dot(keys, tl.trans(load(A1, start, end, h, H, K, k0, C, BK)), DT, ACC)
+            if TWO:
+                second += dot(keys, tl.trans(load(A2, start, end, h, H, K, k0, C, BK)), DT, ACC)
+    if GATE == HEAD:
+        acc *= far(G, start, end, h, H, C, ACC) if BACK else near(G, start, end, h, H, BEFORE, C, ACC)
+        pairs = first * between(G, start, end, h, H, BEFORE, BACK, C, ACC)
+    else:
+        pairs = load(A1, start, end, h, H, C, 0, C, C)
+        if BACK:
+            pairs = tl.trans(pairs)
+    acc = c0 * acc + c1 * dot(pairs, load(x1, start, end, h, H, V, v0, C, BV), DT, ACC)
     if TWO:
-        pairs = load(A2, start, end, h, H, C, 0, C, C)
-        acc += c2 * dot(tl.trans(pairs) if BACK else pairs, load(x2, start, end, h, H, V, v0, C, BV), DT, ACC)
+        if GATE == HEAD:
+            pairs = second * between(G, start, end, h, H, BEFORE2, BACK, C, ACC)
+        else:
+            pairs = load(A2, start, end, h, H, C, 0, C, C)
+            if BACK:
+                pairs = tl.trans(pairs)
+        acc += c2 * dot(pairs, load(x2, start, end, h, H, V, v0, C, BV), DT, ACC)
     store(out, acc, start, end, h, H, V, v0, C, BV)
 
 
@@ -494,6 +551,14 @@ class Layout(NamedTuple):
         """A buffer for cumulative gates; in double precision where the inputs deserve it."""
         return self.empty(like, self.tokens, self.H, self.X, dtype=torch.float32 if self.half else torch.float64)
 
+    def states_like(self, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """A buffer for the states at chunks' borders."""
+        return self.empty(like, self.slots, self.H, self.K, self.V, dtype=dtype)
+
+    def scores_like(self, like: Tensor) -> Tensor:
+        """A buffer for scores."""
+        return self.empty(like, self.tokens, self.H, C)
+
     def empty(self, like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return like.new_empty(shape, dtype=dtype or self.work)
 
@@ -508,11 +573,6 @@ def layout(q: Tensor, v: Tensor, g: Tensor, offsets: Tensor) -> Layout:
     return Layout(offsets, B * T, len(offsets) - 1, H, K, v.shape[-1], 1 if g.ndim == 3 or K == 1 else K, work, wide)
 
 
-def kept(at: Layout, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Empty buffers of what forward leaves for the gradient: gates, scores and states."""
-    return at.gates_like(like), at.empty(like, at.tokens, at.H, C), at.empty(like, at.slots, at.H, at.K, at.V)
-
-
 def cumulate(at: Layout, g: Tensor) -> Tensor:
     """Cumulative log decays inside chunks, [tokens, H, X]."""
     G = at.gates_like(g)
@@ -522,32 +582,66 @@ def cumulate(at: Layout, g: Tensor) -> Tensor:
     return G
 
 
-def scores(
-    at: Layout, read: Tensor, written: Tensor, G: Tensor, before: bool, plain: bool = False, near: bool = False, far: bool = False,
-) -> list[Tensor]:  # fmt: skip
-    """Decayed products of reads and writes inside chunks, [tokens, H, C]; `plain`: not decayed.
+def scores(at: Layout, read: Tensor, written: Tensor, G: Tensor, before: bool, plain: bool = False) -> Tensor:
+    """Decayed products of reads and writes inside chunks, [tokens, H, C]; `plain`: not decayed."""
+    return _launch_scores(at, (read, None), written, G, PLAIN.value if plain else at.gate, before)[0]
 
-    Then, if wanted, the reads decayed from their chunk's start (near) and the writes decayed to its end (far).
-    """
-    A, K, gate = at.empty(read, at.tokens, at.H, C), read.shape[-1], PLAIN.value if plain else at.gate
-    reads, writes = (at.empty(x, *x.shape) if wanted else None for x, wanted in ((read, near), (written, far)))
+
+class Pairs(NamedTuple):
+    """What goes on inside chunks with a decay per channel: scores of reads and writes [tokens, H, C], and both decayed to their
+    chunk's borders, [tokens, H, K]. Empty tensors where that is not asked for, or where kernels see to it: one decay a head."""
+
+    scores: Tensor
+    second: Tensor
+    near: Tensor
+    near2: Tensor
+    far: Tensor
+
+
+def pairs(
+    at: Layout, read: Tensor, second: Tensor | None, written: Tensor, G: Tensor, before: bool, near: bool = True
+) -> Pairs:
+    """All pairs of one or two reads, the second before its token's update, with the writes; near: keep decayed reads."""
+    if at.gate == HEAD.value:
+        return Pairs(*(at.empty(read, 0) for _ in Pairs._fields))
+    return _launch_scores(at, (read, second), written, G, at.gate, before, near, True)
+
+
+def like_pairs(at: Layout, read: Tensor, two: bool = False, near: bool = True) -> Pairs:
+    """Empty tensors of the shapes that `pairs` returns."""
+    none, channel = at.empty(read, 0), at.gate == CHANNEL.value
+    scores, rows = at.scores_like(read), at.empty(read, *read.shape)
+    wanted = (channel, channel and two, channel and near, channel and near and two, channel)
+    return Pairs(*(x if w else none for x, w in zip((scores, scores, rows, rows, rows), wanted, strict=True)))
+
+
+def _launch_scores(at, reads, written, G, gate, before, near=False, far=False) -> Pairs:
+    read, second = reads
+    two, K = second is not None, read.shape[-1]
+    scores = [at.scores_like(read) if wanted else at.empty(read, 0) for wanted in (True, two)]
+    decayed = [at.empty(read, *(read.shape if wanted else (0,))) for wanted in (near, near and two, far)]
     BK, _, launch = at.tile(("plain scores", "head scores", "channel scores")[gate], K, K)
     _scores[at.slots, at.H](
-        read, written, A, A if reads is None else reads, A if writes is None else writes, G, at.offsets, at.N, at.H, K, at.X,
-        gate, before, near, far, LEVELS=LEVELS, BK=BK, BX=at.wide_gate(BK), **launch, **at.options,
+        read, second if two else read, written, *scores, *decayed, G, at.offsets, at.N, at.H, K, at.X,
+        gate, before, two, near, far, LEVELS=LEVELS, BK=BK, BX=at.wide_gate(BK), **launch, **at.options,
     )  # fmt: skip
-    return [x for x in (A, reads, writes) if x is not None]
+    return Pairs(*scores, *decayed)
+
+
+def either(kept: Tensor, given: Tensor) -> Tensor:
+    """What was kept of `Pairs`, or where kernels do without, the argument it is made of."""
+    return kept if kept.numel() else given
 
 
 def walk(
     at: Layout, G: Tensor, s0: Tensor, rank: tuple[Tensor, Tensor, Tensor] | None, added: tuple[Tensor, Tensor] | None,
-    c: float = 1.0, reverse: bool = False, keep: torch.dtype | None = None,
+    c: float = 1.0, reverse: bool = False, before: bool = False, gain: Tensor | None = None, keep: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """States at chunks' borders [slots, H, K, V], the last state and u; rank: (x, z, a), added: (b, v) of `_walk`.
 
     keep: type of the states at chunks' borders, if not that of the operands.
     """
-    states, last = at.empty(s0, at.slots, at.H, at.K, at.V, dtype=keep), torch.empty_like(s0)
+    states, last = at.states_like(s0, keep), torch.empty_like(s0)
     x, z, a = rank or (G, G, G)
     b, v = added or (G, G)
     u = torch.empty_like(z) if rank else None
@@ -558,21 +652,21 @@ def walk(
         name = "rank walk" + kind
     BK, BV, launch = at.tile(name, at.K, at.V)
     _walk[at.N * at.H * blocks(at.K, BK) * blocks(at.V, BV),](
-        x, z, u if rank else G, a, b, v, G, s0, states, last, at.offsets, c, at.H, at.K, at.V, at.X,
-        reverse, rank is not None, added is not None, BK=BK, BV=BV, BX=at.wide_gate(BK), **launch, **at.options,
+        x, z, u if rank else G, a, b, v, G if gain is None else gain, G, s0, states, last, at.offsets, c, at.H, at.K, at.V, at.X,
+        reverse, rank is not None, added is not None, gain is not None, before, BK=BK, BV=BV, BX=at.wide_gate(BK), **launch, **at.options,
     )  # fmt: skip
     return states, last, u
 
 
 def read(
-    at: Layout, key: Tensor, S: Tensor, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor] | None, out: Tensor,
-    factors: tuple[float, float, float], back: bool = False,
+    at: Layout, G: Tensor, key: Tensor, S: Tensor, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor] | None, out: Tensor,
+    factors: tuple[float, float, float], before: tuple[bool, bool], back: bool = False,
 ) -> Tensor:  # fmt: skip
-    """out = c0 key S + c1 A1 x1 (+ c2 A2 x2), scores transposed if `back`; key decayed; first, second: (A, x)."""
+    """out = c0 key S + c1 A1 x1 (+ c2 A2 x2), scores transposed if `back`; first, second: (A, x); before: of the reads of each."""
     BK, BV, launch = at.tile("read", at.K, at.V)
     _read[at.slots * blocks(at.V, BV), at.H](
-        key, S, *first, *(second or first), out, at.offsets, *factors, at.N, at.H, at.K, at.V,
-        back, second is not None, BK=BK, BV=BV, **launch, **at.options,
+        key, S, *first, *(second or first), G, out, at.offsets, *factors, at.N, at.H, at.K, at.V,
+        at.gate, back, second is not None, *before, BK=BK, BV=BV, **launch, **at.options,
     )  # fmt: skip
     return out
 
@@ -582,7 +676,7 @@ def grads(
     c: float, before: bool = False,
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:  # fmt: skip
     """Gradients of reads, of writes and of g; reads: (q, do) and perhaps (r, du), writes: (k, v) and perhaps (w, u)."""
-    pairs = [[scores(at, x, y, G, before or i > 0, plain=True)[0] for _, y in writes] for i, (_, x) in enumerate(reads)]
+    pairs = [[scores(at, x, y, G, before or i > 0, plain=True) for _, y in writes] for i, (_, x) in enumerate(reads)]
     d_reads, d_writes = ([torch.empty_like(x) for x, _ in side] for side in (reads, writes))
     name = "head grads" if at.X == 1 else "channel grads" if len(reads) + len(writes) == 2 else "channel grads of two"
     BK, BV, launch = at.tile(name, at.K, at.V)

@@ -16,21 +16,23 @@ from unify.kernels import chunk
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, s0: Tensor, offsets: Tensor, scale: float, before: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """o, s_T, and what the gradient needs: gates, scores, states at chunks' starts, q and k decayed to chunks' borders."""
+    """o, s_T, and what the gradient needs: gates, states at chunks' starts, scores, q and k decayed to chunks' borders."""
     q, k, v, g, s0 = (x.contiguous() for x in (q, k, v, g, s0))
     at = chunk.layout(q, v, g, offsets)
     G = chunk.cumulate(at, g)
-    A, near, far = chunk.scores(at, q, k, G, before, near=True, far=True)
-    S, last, _ = chunk.walk(at, G, s0, None, (far, v))
-    o = chunk.read(at, near, S, (A, v), None, torch.empty_like(v, dtype=q.dtype), (scale, scale, 0.0))
-    return o, last, G, A, S, near, far
+    A, _, near, _, far = chunk.pairs(at, q, None, k, G, before)
+    S, last, _ = chunk.walk(at, G, s0, None, (chunk.either(far, k), v))
+    o, met = torch.empty_like(v, dtype=q.dtype), (chunk.either(A, k), v)
+    chunk.read(at, G, chunk.either(near, q), S, met, None, o, (scale, scale, 0.0), (before, before))
+    return o, last, G, S, A, near, far
 
 
 @_forward.register_fake
 def _(q, k, v, g, s0, offsets, scale, before):
     at = chunk.layout(q, v, g, offsets)
-    kept = *chunk.kept(at, q), at.empty(q, *q.shape), at.empty(k, *k.shape)
-    return torch.empty_like(v, dtype=q.dtype), torch.empty_like(s0), *kept
+    A, _, near, _, far = chunk.like_pairs(at, q)
+    o, last = torch.empty_like(v, dtype=q.dtype), torch.empty_like(s0)
+    return o, last, at.gates_like(q), at.states_like(q), *(torch.empty_like(x) for x in (A, near, far))
 
 
 @torch.library.custom_op("unify::linear_backward", mutates_args=())
@@ -39,10 +41,11 @@ def _backward(
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of q, k, v, g and s0."""
     q, k, v, g, do, d_last = (x.contiguous() for x in (q, k, v, g, do, d_last))
-    G, A, S, near, far = kept
+    G, S, A, near, far = kept
     at = chunk.layout(q, v, g, offsets)
-    D, d_start, _ = chunk.walk(at, G, d_last, None, (near, do), scale, reverse=True)
-    dv = chunk.read(at, far, D, (A, do), None, torch.empty_like(v), (1.0, scale, 0.0), back=True)
+    D, d_start, _ = chunk.walk(at, G, d_last, None, (chunk.either(near, q), do), scale, reverse=True, before=before)
+    dv, met = torch.empty_like(v), (chunk.either(A, q), do)
+    chunk.read(at, G, chunk.either(far, k), D, met, None, dv, (1.0, scale, 0.0), (before, before), back=True)
     (dq,), (dk,), dg = chunk.grads(at, G, [(q, do)], [(k, v)], S, D, g, scale, before)
     return [dq, dk, dv, dg, d_start]
 

@@ -20,48 +20,93 @@ import triton.language as tl
 from torch import Tensor
 
 from unify.kernels import chunk
-from unify.kernels.chunk import dot, facing, load, locate, store
+from unify.kernels.chunk import dot, far, load, locate, near, store
 
 
 @triton.jit
-def _invert(
-    A, inverse, offsets, N, H, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr
-):
-    """(1 + A)^-1 of strictly lower triangular scores, [tokens, H, C].
+def _product(a, b, PRECISION: tl.constexpr, ACC: tl.constexpr):
+    return tl.dot(a, b, input_precision=PRECISION, out_dtype=ACC)
+
+
+@triton.jit
+def _corner(at, blocks, base, n, H, M: tl.constexpr):
+    """Addresses and mask of M x M squares: in each block of 2 M tokens the one below the diagonal; blocks [B, 1, 1]."""
+    row, column = (
+        blocks * (2 * M) + M + tl.arange(0, M)[None, :, None],
+        blocks * (2 * M) + tl.arange(0, M)[None, None, :],
+    )
+    return at + base + row * (H * 4 * 16) + column, row < n
+
+
+@triton.jit
+def _invert(A, inverse, offsets, N, H, C: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):
+    """(1 + A)^-1 of strictly lower triangular scores, [tokens, H, C], C = 64.
 
     Block substitution: with the blocks of m tokens on the diagonal inverted, those of 2 m follow by filling in the corner
-    below, [[P, 0], [B, Q]]^-1 = [[P^-1, 0], [-Q^-1 B P^-1, Q^-1]]. All corners of a level at once: X <- X - X B X.
+    below, [[P, 0], [B, Q]]^-1 = [[P^-1, 0], [-Q^-1 B P^-1, Q^-1]]. Up to m = 16 all corners of a level at once, in four
+    squares of 16: X <- X - X B X; then two corners of 16, then one of 32.
     """
     start, end = locate(tl.program_id(0), offsets, N, C)
     if start >= end:
         return
-    h, i = tl.program_id(1), tl.arange(0, C)
-    lower = load(A, start, end, h, H, C, 0, C, C).to(ACC)
-    one = tl.where(i[:, None] == i[None, :], 1.0, 0.0).to(ACC)
-    X = one
-    for level in range(LEVELS):
-        _, faces = facing(level, C)
-        B = tl.where(faces, lower, 0.0)
-        BX = tl.dot(B, X, input_precision=PRECISION, out_dtype=ACC)
-        X -= tl.dot(X, BX, input_precision=PRECISION, out_dtype=ACC)
-    if PRECISION == "tf32":  # one Newton step from an inverse good to three digits: X <- X + X (1 - (1 + A) X)
-        rest = one - X - tl.dot(lower, X, input_precision="tf32x3", out_dtype=ACC)
-        X += tl.dot(X, rest, input_precision="tf32", out_dtype=ACC)
-    store(inverse, X, start, end, h, H, C, 0, C, C)
+    h, n = tl.program_id(1), (end - start).to(tl.int32)
+    four, i, j = tl.arange(0, 4)[:, None, None], tl.arange(0, 16)[None, :, None], tl.arange(0, 16)[None, None, :]
+    base = (start * H + h) * C
+    row, column = four * 16 + i, four * 16 + j
+    lower = tl.load(A + base + row * (H * C) + column, mask=row < n, other=0.0).to(ACC)
+    X = tl.where(i == j, 1.0, 0.0).to(ACC) + tl.zeros([4, 16, 16], ACC)
+    for level in range(4):
+        faces = ((i >> level) ^ (j >> level)) == 1
+        X -= _product(X, _product(tl.where(faces, lower, 0.0), X, PRECISION, ACC), PRECISION, ACC)
+
+    two = tl.arange(0, 2)[:, None, None]
+    below, seen = _corner(A, two, base, n, H, 16)
+    B = tl.load(below, mask=seen, other=0.0).to(ACC)
+    halves, which = tl.reshape(X, [2, 2, 16, 16]), tl.arange(0, 2)[None, :, None, None]
+    P, Q = tl.sum(tl.where(which == 0, halves, 0.0), 1), tl.sum(tl.where(which == 1, halves, 0.0), 1)
+    corner = -_product(Q, _product(B, P, PRECISION, ACC), PRECISION, ACC)
+
+    down, right = tl.arange(0, 2)[None, :, None, None, None], tl.arange(0, 2)[None, None, None, :, None]
+    diagonal, left = tl.reshape(X, [2, 2, 16, 1, 16]), tl.reshape(corner, [2, 1, 16, 1, 16])
+    X = tl.where(down == right, diagonal, tl.where(down > right, left, 0.0))
+    X = tl.reshape(X, [2, 32, 32])
+    P, Q = tl.sum(tl.where(two == 0, X, 0.0), 0), tl.sum(tl.where(two == 1, X, 0.0), 0)
+    i, j = tl.arange(0, 32)[:, None], tl.arange(0, 32)[None, :]
+    below = base + (32 + i) * (H * C) + j
+    B = tl.load(A + below, mask=32 + i < n, other=0.0).to(ACC)
+    corner = -_product(Q, _product(B, P, PRECISION, ACC), PRECISION, ACC)
+
+    out = inverse.dtype.element_ty
+    row, column = two * 32 + i[None, :, :], two * 32 + j[None, :, :]
+    tl.store(inverse + base + row * (H * C) + column, X.to(out), mask=row < n)
+    tl.store(inverse + below, corner.to(out), mask=32 + i < n)
+    above = base + i * (H * C) + 32 + j
+    tl.store(inverse + above, tl.zeros([32, 32], out), mask=i < n)
+
+
+NONE, NEAR, FAR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
 def _mix(
-    A, second, x, out, offsets, c, N, H, X,
-    BACK: tl.constexpr, TWO: tl.constexpr, C: tl.constexpr, BX: tl.constexpr, DT: tl.constexpr, ACC: tl.constexpr,
+    A, second, x, G, out, offsets, c, N, H, X,
+    DECAY: tl.constexpr, BACK: tl.constexpr, TWO: tl.constexpr,
+    C: tl.constexpr, BX: tl.constexpr, DT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """out = c A x, or c A (second x) if TWO; A and second transposed if BACK; x: [tokens, H, X]."""
+    """out = c A x, or c A (second x) if TWO; A and second transposed if BACK; x: [tokens, H, X].
+
+    DECAY: by one decay a head, x decays from its chunk's start (NEAR, reads before their token's update) or to its end (FAR).
+    """
     blocks = tl.cdiv(X, BX)
     slot, x0, h = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BX, tl.program_id(1)
     start, end = locate(slot, offsets, N, C)
     if start >= end:
         return
     rows = load(x, start, end, h, H, X, x0, C, BX)
+    if DECAY == NEAR:
+        rows = rows * near(G, start, end, h, H, True, C, ACC)
+    elif DECAY == FAR:
+        rows = rows * far(G, start, end, h, H, C, ACC)
     if TWO:
         inner = load(second, start, end, h, H, C, 0, C, C)
         rows = dot(tl.trans(inner) if BACK else inner, rows, DT, ACC)
@@ -72,21 +117,22 @@ def _mix(
 def _inverse(at: chunk.Layout, A: Tensor) -> Tensor:
     out = torch.empty_like(A)
     *_, launch = at.tile("invert", chunk.C, chunk.C)
-    precision = "tf32" if at.half else "ieee"
-    _invert[at.slots, at.H](
-        A, out, at.offsets, at.N, at.H, chunk.C, chunk.LEVELS, precision, chunk.TYPES[at.wide], **launch
-    )
+    precision = "tf32x3" if at.half else "ieee"
+    _invert[at.slots, at.H](A, out, at.offsets, at.N, at.H, chunk.C, precision, chunk.TYPES[at.wide], **launch)
     return out
 
 
 def _mixed(
-    at: chunk.Layout, x: Tensor, A: Tensor, second: Tensor | None = None, c: float = 1.0, back: bool = False
-) -> Tensor:
+    at: chunk.Layout, G: Tensor, x: Tensor, A: Tensor, second: Tensor | None = None, c: float = 1.0, decay: tl.constexpr = NONE,
+    back: bool = False,
+) -> Tensor:  # fmt: skip
+    """A x, or A (second x); decay: of x, done here with one decay a head, already done with one per channel."""
     X = x.shape[-1]
     out = at.empty(x, *x.shape)
     BX, _, launch = at.tile("mix", X, X)
+    decay = decay.value if at.gate == chunk.HEAD.value else NONE.value
     _mix[at.slots * chunk.blocks(X, BX), at.H](
-        A, A if second is None else second, x, out, at.offsets, c, at.N, at.H, X, back, second is not None,
+        A, A if second is None else second, x, G, out, at.offsets, c, at.N, at.H, X, decay, back, second is not None,
         BX=BX, **launch, **at.options,
     )  # fmt: skip
     return out
@@ -96,64 +142,69 @@ def _mixed(
 def _forward(
     q: Tensor, r: Tensor, w: Tensor, k: Tensor, v: Tensor, g: Tensor, s0: Tensor, offsets: Tensor, scale: float, before: bool, shared: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """o, s_T, and what the gradient needs: gates, scores of q and w, states at chunks' starts, T, u, decayed q, r and w;
-    then k decayed and its scores with q and r, empty if w and k are shared."""
+    """o, s_T, and what the gradient needs: gates, states at chunks' starts, T and u; then, with a decay per channel, scores of q
+    with w and k and of r with k, decayed q, r, w and k."""
     q, r, w, k, v, g, s0 = (x.contiguous() for x in (q, r, w, k, v, g, s0))
     at = chunk.layout(q, v, g, offsets)
     G, o = chunk.cumulate(at, g), torch.empty_like(v, dtype=q.dtype)
-    qw, q_near, w_far = chunk.scores(at, q, w, G, before, near=True, far=True)
-    rw, r_near = chunk.scores(at, r, w, G, True, near=True)
-    T = _inverse(at, rw)
-    x = _mixed(at, r_near, T)
+    qw, rw, q_near, r_near, w_far = chunk.pairs(at, q, r, w, G, before)
+    T = _inverse(at, rw if rw.numel() else chunk.scores(at, r, w, G, True))
+    x = _mixed(at, G, chunk.either(r_near, r), T, decay=NEAR)
+    written, met = chunk.either(w_far, w), chunk.either(qw, w)
     if shared:
-        S, last, u = chunk.walk(at, G, s0, (x, _mixed(at, v, T), w_far), None)
-        chunk.read(at, q_near, S, (qw, u), None, o, (scale, scale, 0.0))
-        none = (at.empty(q, 0) for _ in range(3))
-        return o, last, G, qw, S, T, u, q_near, r_near, w_far, *none
-    qk, k_far = chunk.scores(at, q, k, G, before, far=True)
-    (rk,) = chunk.scores(at, r, k, G, True)
-    S, last, u = chunk.walk(at, G, s0, (x, _mixed(at, v, T, rk, -1.0), w_far), (k_far, v))
-    chunk.read(at, q_near, S, (qw, u), (qk, v), o, (scale, scale, scale))
-    return o, last, G, qw, S, T, u, q_near, r_near, w_far, k_far, qk, rk
+        S, last, u = chunk.walk(at, G, s0, (x, _mixed(at, G, v, T), written), None)
+        pairs, (qk, rk, k_far) = ((met, u), None), (at.empty(q, 0) for _ in range(3))
+    else:
+        qk, rk, _, _, k_far = chunk.pairs(at, q, r, k, G, before, near=False)
+        z = _mixed(at, G, v, T, rk if rk.numel() else chunk.scores(at, r, k, G, True), -1.0)
+        S, last, u = chunk.walk(at, G, s0, (x, z, written), (chunk.either(k_far, k), v))
+        pairs = (met, u), (chunk.either(qk, k), v)
+    chunk.read(at, G, chunk.either(q_near, q), S, *pairs, o, (scale, scale, scale), (before, before))
+    return o, last, G, S, T, u, qw, qk, rk, q_near, r_near, w_far, k_far
 
 
 @_forward.register_fake
 def _(q, r, w, k, v, g, s0, offsets, scale, before, shared):
     at = chunk.layout(q, v, g, offsets)
-    G, A, S = chunk.kept(at, q)
-    kept = [A, *(at.empty(x, *x.shape) for x in (v, q, q, q))]
-    kept += [at.empty(q, 0)] * 3 if shared else [kept[-1], A, A]
-    return torch.empty_like(v, dtype=q.dtype), torch.empty_like(s0), G, A, S, *(torch.empty_like(x) for x in kept)
+    qw, _, q_near, r_near, w_far = chunk.like_pairs(at, q, two=True)
+    none = at.empty(q, 0)
+    qk, rk, k_far = (none, none, none) if shared else (qw, qw, w_far)
+    kept = at.scores_like(q), at.empty(v, *v.shape), qw, qk, rk, q_near, r_near, w_far, k_far
+    o, last = torch.empty_like(v, dtype=q.dtype), torch.empty_like(s0)
+    return o, last, at.gates_like(q), at.states_like(q), *(torch.empty_like(x) for x in kept)
 
 
 @torch.library.custom_op("unify::rank_one_backward", mutates_args=())
 def _backward(
     q: Tensor, r: Tensor, w: Tensor, k: Tensor, v: Tensor, g: Tensor, offsets: Tensor, kept: list[Tensor], do: Tensor, d_last: Tensor,
-    scale: float, before: bool,
+    scale: float, before: bool, shared: bool,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of q, r, w, v, g, s0 and, if it is not w, of k."""
     q, r, w, k, v, g, do, d_last = (x.contiguous() for x in (q, r, w, k, v, g, do, d_last))
-    G, qw, S, T, u, q_near, r_near, w_far, k_far, qk, rk = kept
+    G, S, T, u, qw, qk, rk, q_near, r_near, w_far, k_far = kept
     at = chunk.layout(q, v, g, offsets)
-    rank = _mixed(at, w_far, T, back=True), _mixed(at, do, T, qw, scale, back=True), r_near
-    D, d_start, du = chunk.walk(at, G, d_last, rank, (q_near, do), scale, reverse=True)
+    x = _mixed(at, G, chunk.either(w_far, w), T, decay=FAR, back=True)
+    z = _mixed(at, G, do, T, qw if qw.numel() else chunk.scores(at, q, w, G, before), scale, back=True)
+    rank, added = (x, z, chunk.either(r_near, r)), (chunk.either(q_near, q), do)
+    D, d_start, du = chunk.walk(at, G, d_last, rank, added, scale, reverse=True, before=before)
     reads, writes = [(q, do), (r, du)], [(w, u)]
-    if not qk.numel():
+    if shared:
         (dq, dr), (dw,), dg = chunk.grads(at, G, reads, writes, S, D, g, scale, before)
         return [dq, dr, dw, du.to(v.dtype), dg, d_start]
     (dq, dr), (dk, dw), dg = chunk.grads(at, G, reads, [(k, v), *writes], S, D, g, scale, before)
-    dv = chunk.read(at, k_far, D, (qk, do), (rk, du), torch.empty_like(v), (1.0, scale, -1.0), back=True)
+    dv, met = torch.empty_like(v), ((chunk.either(qk, q), do), (chunk.either(rk, r), du))
+    chunk.read(at, G, chunk.either(k_far, k), D, *met, dv, (1.0, scale, -1.0), (before, True), back=True)
     return [dq, dr, dw, dv, dg, d_start, dk]
 
 
 @_backward.register_fake
-def _(q, r, w, k, v, g, offsets, kept, do, d_last, scale, before):
-    given = (q, r, w, v, g, d_last) if not kept[-1].numel() else (q, r, w, v, g, d_last, k)
+def _(q, r, w, k, v, g, offsets, kept, do, d_last, scale, before, shared):
+    given = (q, r, w, v, g, d_last) if shared else (q, r, w, v, g, d_last, k)
     return [torch.empty_like(x) for x in given]
 
 
 def _keep(ctx, inputs, output):
-    *given, _, offsets, ctx.scale, ctx.before, _ = inputs
+    *given, _, offsets, ctx.scale, ctx.before, ctx.shared = inputs
     ctx.save_for_backward(*given, offsets, *output[1:])
     ctx.set_materialize_grads(False)
 
@@ -162,7 +213,9 @@ def _back(ctx, do, d_last, *_):
     q, r, w, k, v, g, offsets, last, *kept = ctx.saved_tensors
     do = torch.zeros_like(v, dtype=q.dtype) if do is None else do
     d_last = torch.zeros_like(last) if d_last is None else d_last
-    dq, dr, dw, dv, dg, d_start, *dk = _backward(q, r, w, k, v, g, offsets, kept, do, d_last, ctx.scale, ctx.before)
+    dq, dr, dw, dv, dg, d_start, *dk = _backward(
+        q, r, w, k, v, g, offsets, kept, do, d_last, ctx.scale, ctx.before, ctx.shared
+    )
     return dq, dr, dw, dk[0] if dk else None, dv, dg, d_start, None, None, None, None
 
 

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from unify.kernels import chunk
-from unify.kernels.chunk import dot, load, load_row, locate, matrix_at, split_dot, store, weight
+from unify.kernels.chunk import dot, load, locate, matrix_at, split_dot, store, weight
 
 STEPS = 256  # the worst system tried (condition number 1.6e5) took 105 steps in bfloat16, 188 in float32
 # Residual at which a solve ends, relative to q, both measured by the preconditioner. Steps that takes, emulated in torch
@@ -37,19 +37,6 @@ WIDEST = 512  # bytes of a row of P, of which a program holds all
 def fits(q: Tensor) -> bool:
     """Whether a program can hold P for keys like q [..., K]: up to K = 128, in float64 64."""
     return chunk.power(q.shape[-1]) * max(q.element_size(), 4) <= WIDEST
-
-
-@triton.jit
-def _weigh(k, gain, G, out, offsets, N, H, K, C: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr):
-    """gain k decayed to its chunk's end, [tokens, H, K]."""
-    start, end = locate(tl.program_id(0), offsets, N, C)
-    if start >= end:
-        return
-    h = tl.program_id(1)
-    left = load_row(G, end - 1, h, H, 1, 0, 1)[None, :] - load(G, start, end, h, H, 1, 0, C, 1)
-    share = weight(left, ACC) * load(gain, start, end, h, H, 1, 0, C, 1).to(ACC)
-    for k0 in range(0, K, BK):
-        store(out, share * load(k, start, end, h, H, K, k0, C, BK).to(ACC), start, end, h, H, K, k0, C, BK)
 
 
 @triton.jit
@@ -169,9 +156,8 @@ def _forward(
     """x, P_T, and what the gradient needs besides: gates and P at chunks' starts."""
     q, k, gain, g, prior, p0 = (y.contiguous() for y in (q, k, gain, g, prior, p0))
     at = chunk.layout(q, k, g, offsets)
-    G, written = chunk.cumulate(at, g), at.empty(k, *k.shape)
-    _weigh[at.slots, at.H](k, gain, G, written, offsets, at.N, at.H, at.K, **_block(at))
-    P, last, _ = chunk.walk(at, G, p0, None, (k, written), keep=at.wide)
+    G = chunk.cumulate(at, g)
+    P, last, _ = chunk.walk(at, G, p0, None, (k, k), gain=gain, keep=at.wide)
     return _solved(at, q, (k, gain, prior), P, G, before, steps), last, G, P
 
 
@@ -191,10 +177,10 @@ def _backward(
     k, gain, g, prior, dx, d_last = (y.contiguous() for y in (k, gain, g, prior, dx, d_last))
     at = chunk.layout(x, k, g, offsets)
     y = _solved(at, dx, (k, gain, prior), P, G, before, steps)
-    A, near, far = chunk.scores(at, y, k, G, before, near=True, far=True)
-    D, d_start, _ = chunk.walk(at, G, d_last, None, (near, x), -1.0, reverse=True, keep=at.wide)
+    D, d_start, _ = chunk.walk(at, G, d_last, None, (y, x), -1.0, reverse=True, before=before, keep=at.wide)
     written = torch.mul(gain[..., None], k, out=torch.empty_like(k))
-    d_written = chunk.read(at, far, D, (A, x), None, torch.empty_like(k), (1.0, -1.0, 0.0), back=True)
+    d_written = torch.empty_like(k)
+    chunk.read(at, G, k, D, (y, x), None, d_written, (1.0, -1.0, 0.0), (before, before), back=True)
     _, (dk,), dg = chunk.grads(at, G, [(y, x)], [(k, written)], P, D, g, -1.0, before)
     d_gain, token = torch.empty_like(gain), _token(prior)
     d_prior = torch.empty_like(prior) if token else prior.new_zeros(at.slots, at.H, at.K, dtype=at.wide)
