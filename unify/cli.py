@@ -612,7 +612,7 @@ def tour(
         raise typer.Exit(1)
 
 
-from . import cli_models, cli_mqar, cli_train  # noqa: E402, F401 - add convert, inspect, eval; mqar; train
+from . import cli_bytes, cli_models, cli_mqar, cli_train  # noqa: E402, F401 - add bytes; convert, inspect, eval; mqar; train
 
 if __name__ == "__main__":
     main()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,7 @@ def buckets(length: int, first: int = 64) -> list[tuple[int, int]]:
     edges = [1]
     while edges[-1] < length:
         edges.append(min(max(2 * edges[-1], first), length))
-    return list(zip(edges, edges[1:], strict=False))
+    return list(pairwise(edges))
 
 
 def by_position(losses: np.ndarray) -> list[dict[str, float]]:
