@@ -45,11 +45,14 @@ def compare_bytes(
 ) -> None:
     """Train byte-level language models of equal parameters on the same text, and see what each makes of its context."""
     begin = time.monotonic()
+    from .bytes.corpus import check, python_sources
     from .bytes.run import MODELS
     from .bytes.sweep import grid, load, sweep
     from .cli_models import _quiet
 
     _quiet()
+    folders = folders or python_sources()
+    check(folders)
     given = {"length": length, "batch": batch, "d_model": d_model, "layers": layers, "windows": windows}
     sizes: dict[str, Any] = (dict(TOY) if toy else {}) | {k: v for k, v in given.items() if v is not None}
     names = _list(models or (TOY_MODELS if toy else ",".join(MODELS)))
@@ -93,14 +96,12 @@ def _planned(runs: list, tokens: float | None, until: float | None, device: str,
     return [run for run in runs if run.model in takes or (run.model, run.lr, run.seed) in done], takes
 
 
-def _corpus(folders: list[str] | None, pattern: str, run: Any, say: _Says) -> Any:
+def _corpus(folders: list[str], pattern: str, run: Any, say: _Says) -> Any:
     """The text, as much of it as a run reads."""
-    from .bytes.corpus import Corpus, python_sources
+    from .bytes.corpus import Corpus
 
     start = time.monotonic()
-    corpus = Corpus.read(
-        folders or python_sources(), pattern=pattern, length=run.length, size=run.tokens, windows=run.windows
-    )
+    corpus = Corpus.read(folders, pattern=pattern, length=run.length, size=run.tokens, windows=run.windows)
     say.line(
         f"text: {len(corpus.stream):,} bytes of {corpus.files} files, {len(corpus.windows)} held-out windows of "
         f"{run.length} bytes; read in {time.monotonic() - start:.1f} s"

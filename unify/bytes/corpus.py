@@ -39,12 +39,17 @@ def python_sources() -> list[str]:
     return list(dict.fromkeys(paths[x] for x in ("purelib", "platlib", "stdlib")))
 
 
+def check(folders: Sequence[str | Path]) -> None:
+    """Raises UnifyError where one of them is missing."""
+    for folder in folders:
+        if not Path(folder).exists():
+            raise UnifyError(str(folder), "there is no such file or folder", "name one that holds text")
+
+
 def _files(folders: Sequence[str | Path], pattern: str) -> list[tuple[str, Path]]:
     """(path below its folder, file), each file once, in the order of the hash. Raises UnifyError where there is none."""
     found: dict[Path, str] = {}
     for folder in map(Path, folders):
-        if not folder.exists():
-            raise UnifyError(str(folder), "there is no such file or folder", "name one that holds text")
         for path in [folder] if folder.is_file() else folder.glob(pattern):
             if path.is_file():
                 found.setdefault(path.resolve(), path.name if folder.is_file() else path.relative_to(folder).as_posix())
@@ -96,6 +101,7 @@ class Corpus:
 
         Raises UnifyError where a folder is missing or too little is in it.
         """
+        check(folders)
         files, seen = _files(folders, pattern), set()
         apart = [x for x in files if held_out(x[0], share)]
         kept = list(_windows(_documents(apart, seen), length, windows))

@@ -74,17 +74,14 @@ class Run:
 
 
 def config(run: Run):
-    """The `UnifyConfig` of a run, its MLPs as wide as equal parameters ask for. Raises UnifyError where no width is left."""
+    """The `UnifyConfig` of a run, its MLPs as wide as equal parameters ask for."""
     made = _config(run)
     if run.model == ATTENTION:
         return made
     step = 8  # channels: what tensor cores like
     per = 3 * run.d_model * run.layers * step
     spare = cost(_config(Run(**{**asdict(run), "model": ATTENTION})))["parameters"] - cost(made)["parameters"]
-    width = made.intermediate_size + step * round(spare / per)
-    if width < step:
-        raise UnifyError(f"{run.model} at {run}", "its layers alone have more parameters", "a larger d_model")
-    return _config(run, width)
+    return _config(run, made.intermediate_size + step * round(spare / per))
 
 
 def _config(run: Run, width: int | None = None):
