@@ -1,4 +1,5 @@
-"""The command line: `unify list, show, prove, verify, map, recall, bench, tour`, and from `cli_models` `convert, inspect, eval`.
+"""The command line: `unify list, show, prove, verify, map, recall, bench, tour`, and from `cli_...` `convert, inspect, eval`,
+`mqar`, `bytes` and `train`.
 
 Heavy modules are imported inside the commands, so that `unify --help` answers at once. A mistake of the user's is one
 sentence on stderr and exit code 2; a proof or a check that fails is exit code 1.
