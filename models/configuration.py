@@ -47,7 +47,7 @@ class UnifyConfig(PreTrainedConfig):
     """
 
     model_type = "unify"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - transformers adds a list to it
 
     vocab_size: int = 32000
     hidden_size: int = 768

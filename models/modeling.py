@@ -28,7 +28,7 @@ from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -305,6 +305,18 @@ def _targets(labels: Tensor, cu_seqlens: Tensor | None, position_ids: Tensor | N
     return labels.masked_fill(first, -100)
 
 
+def _kept(hidden: Tensor, which: int | Tensor) -> Tensor:
+    """Hidden states [B, T, D] where logits are wanted: the last so many, 0 for all; places [n] or [B, n]; or a mask [B, T].
+
+    As transformers' own function, which there is since 5.23 only; without it a model trains on 5.17 too.
+    """
+    if isinstance(which, int):
+        return hidden[:, -which:]
+    if which.ndim == 2:
+        return hidden[which] if which.dtype == torch.bool else hidden.take_along_dim(which[..., None], 1)
+    return hidden[:, which]
+
+
 class UnifyForCausalLM(UnifyPreTrainedModel, GenerationMixin):
     """A `UnifyModel` with a head on the vocabulary."""
 
@@ -340,7 +352,7 @@ class UnifyForCausalLM(UnifyPreTrainedModel, GenerationMixin):
         past_key_values = cache if past_key_values is None else past_key_values
         inputs |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "cu_seqlens": cu_seqlens}
         out = self.model(**inputs, use_cache=use_cache, **kwargs)
-        logits = self.lm_head(slice_logits_to_keep(out.last_hidden_state, logits_to_keep))
+        logits = self.lm_head(_kept(out.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             labels = _targets(labels, cu_seqlens, None if attention_mask is not None else position_ids)

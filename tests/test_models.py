@@ -590,3 +590,14 @@ def test_show_config(tmp_path, monkeypatch):
     assert "it shows one thing" in complaint("show", "kda", "--config", "palimpsa-170m")
     assert "leave out --latex" in complaint("show", "--config", "palimpsa-170m", "--latex")
     assert "say which --config" in complaint("show", "kda", "--context", "3")
+
+
+def test_logits_are_kept_where_transformers_keeps_them():
+    from transformers.modeling_utils import slice_logits_to_keep
+
+    from unify.models.modeling import _kept
+
+    hidden, mask = torch.randn(2, 5, 3), torch.tensor([[0, 1, 1, 0, 1], [1, 0, 0, 0, 0]]).bool()
+    for which in (0, 1, 3, torch.tensor([4, 1]), torch.tensor([[0, 2], [3, 3]]), mask):
+        assert torch.equal(_kept(hidden, which), slice_logits_to_keep(hidden, which))
+    assert not torch.equal(_kept(hidden, 2), slice_logits_to_keep(hidden, 3))

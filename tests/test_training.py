@@ -148,6 +148,67 @@ def test_a_sharded_model_is_the_model(together):
     assert sharded != plain
 
 
+# --- a validation set -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def validated(tmp_path_factory):
+    """The same run, a tenth of the files kept from it and read every two steps."""
+    folder = tmp_path_factory.mktemp("validated") / "out"
+    config = configured(folder, validation={"share": 0.1, "rows": 6}, trainer={"eval_steps": 2})
+    return config, train(config)
+
+
+def curve(folder):
+    return [json.loads(line) for line in (Path(folder) / "curve.jsonl").read_text().splitlines()]
+
+
+def test_a_share_of_the_files_is_kept_from_training(tmp_path):
+    for n in range(40):
+        (tmp_path / f"{n}.txt").write_text("text")
+    data, kept, rows = training.split({"data": {"path": str(tmp_path)}, "validation": 0.25})
+    assert not set(data.files()) & set(kept.files())
+    assert len(data.files()) + len(kept.files()) == 40
+    assert 4 < len(kept.files()) < 16
+    assert rows == 64
+    (moved := tmp_path / "moved").mkdir()
+    for file in kept.files():
+        (moved / file.name).touch()
+    assert replace(kept, path=str(moved)).files() == sorted(moved.iterdir())  # by the path below the folder alone
+    assert training.split({"data": "a", "validation": {"path": "b", "rows": 3}}) == (Source("a"), Source("b"), 3)
+    assert training.split({"data": "a"}) == (Source("a"), None, 0)
+    assert list(replace(kept, path=str(moved)).once()) == [""] * len(list(moved.iterdir()))  # one pass, then an end
+
+
+def test_the_curve_holds_both_losses(validated):
+    config, found = validated
+    lines = curve(found["folder"])
+    assert [(x["step"], x["loss"]) for x in lines if "loss" in x] == found["history"]
+    held = [x for x in lines if "held_out" in x]
+    assert [x["step"] for x in held] == [2, 4, 6]
+    assert [x["tokens"] for x in held] == [n * 4 * 128 for n in (2, 4, 6)]
+    assert held[-1]["held_out"] == found["held_out"] < held[0]["held_out"]
+    for x in held:
+        assert x["bits_per_byte"] == pytest.approx(x["held_out"] / 0.6931, rel=1e-3)
+
+
+def test_the_validation_loss_is_the_model_s_on_the_rows_that_were_kept(validated):
+    config, found = validated
+    _, kept, _ = training.split(config)
+    rows = first(Rows(kept.once(), encoder(ByT5Tokenizer(extra_ids=0)), 128), 6)
+    model = AutoModelForCausalLM.from_pretrained(found["folder"])
+    with torch.no_grad():
+        losses = [model(**{k: v[None] for k, v in row.items()}).loss.item() for row in rows]
+    assert found["held_out"] == pytest.approx(sum(losses) / 6, rel=1e-2)  # rows of a batch count by their labels
+
+
+def test_an_interrupted_run_has_the_same_curve(validated):
+    config, found = validated
+    before = curve(found["folder"])
+    resumed(config)
+    assert curve(found["folder"]) == before
+
+
 def test_what_is_left_loads(trained):
     config, found = trained
     folder = Path(found["folder"])
@@ -203,6 +264,10 @@ def test_weight_decay_spares_what_layers_flag(tmp_path):
         ({"batch": 4, "trainer": {"max_steps": 3, "per_device_train_batch_size": 3}}, "they do not divide it"),
         ({"data": {"path": "a", "files": 3}}, "it is not a source of text"),
         ({"data": "nowhere"}, "there is no such file; name a file"),
+        ({"validation": {"rows": 3}}, "it says no share and no path, or both; a share such as 0.02"),
+        ({"validation": 1.5}, "no share of the files is that; use 0.02"),
+        ({"validation": 1e-9}, "falls there; another share, or more files"),
+        ({"validation": {"path": "nowhere"}}, "there is no such file; name a file"),
         ({"model": {"vocab_size": 100}}, "the model has no row for some tokens"),
         ({"model": "no-such"}, "there is no such preset"),
     ],

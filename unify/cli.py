@@ -1,4 +1,5 @@
-"""The command line: `unify list, show, prove, verify, map, recall, bench, tour`, and from `cli_models` `convert, inspect, eval`.
+"""The command line: `unify list, show, prove, verify, map, recall, bench, tour`, and from `cli_...` `convert, inspect, eval`,
+`mqar`, `bytes` and `train`.
 
 Heavy modules are imported inside the commands, so that `unify --help` answers at once. A mistake of the user's is one
 sentence on stderr and exit code 2; a proof or a check that fails is exit code 1.
@@ -612,7 +613,7 @@ def tour(
         raise typer.Exit(1)
 
 
-from . import cli_models, cli_mqar, cli_train  # noqa: E402, F401 - add convert, inspect, eval; mqar; train
+from . import cli_bytes, cli_models, cli_mqar, cli_train  # noqa: E402, F401 - add bytes; convert, inspect, eval; mqar; train
 
 if __name__ == "__main__":
     main()

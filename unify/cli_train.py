@@ -31,8 +31,9 @@ def train(
     if as_json:
         _dump(found)
         return
+    held = "" if found["held_out"] is None else f"held out {found['held_out']:.4f}, "
     _console().print(
-        f"{found['steps']} steps, {found['parameters']:,} parameters: loss {found['loss']:.4f}, "
+        f"{found['steps']} steps, {found['parameters']:,} parameters: loss {found['loss']:.4f}, {held}"
         f"{found['tokens_per_second']:,.0f} tokens/s.\n{found['folder']}: AutoModelForCausalLM.from_pretrained loads it.",
         markup=False,
     )

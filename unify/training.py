@@ -7,27 +7,33 @@ model: fields of `UnifyConfig` ("preset" among them changes one), the name of a 
     metaplastic one included.
 data: a file or a folder of text, Arrow, Parquet or JSON lines; or {"path": ..., "pattern": "**/*.py", "lines": true for a
     document a line, "column": "text", "shuffle": false, "seed": 0}.
+validation: a share of the data's files, such as 0.02, that is kept from training by a hash of their paths; or a source of
+    its own, as data; or {"share" or "path" ..., "rows": 64}, so many rows of it. Read every `eval_steps` of the trainer (100).
 tokenizer: a folder; default: bytes. length: tokens of a row. batch: rows of a step over all processes, whatever their
     number. trainer: any field of `transformers.TrainingArguments`.
 
 A `UnifyForCausalLM` keeps the documents of a row apart; a host that knows no position_ids sees them one after the other.
 Every process reads the same endless stream and keeps its share of each batch, so neither the number of processes nor an
-interruption changes which rows a step sees.
+interruption changes which rows a step sees. What is logged lies in curve.jsonl of the output folder, a line an entry:
+{"step", "tokens", "loss" or "held_out", "bits_per_byte" of the latter where tokens are bytes}.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from .bytes.corpus import place
 from .errors import UnifyError
 
 try:
@@ -48,8 +54,9 @@ except ImportError as error:
         "training", f"it runs on transformers and accelerate ({error})", "pip install unify-attention[hf]"
     ) from None
 
-KEYS = ("model", "data", "tokenizer", "length", "batch", "trainer")
+KEYS = ("model", "data", "validation", "tokenizer", "length", "batch", "trainer")
 TABLES = {".arrow": "arrow", ".parquet": "parquet", ".json": "json", ".jsonl": "json"}
+ROWS = 64  # of a validation set, unless it says otherwise
 OURS = {"logging_steps": 10, "report_to": "none", "disable_tqdm": True,
         "ddp_find_unused_parameters": False}  # fmt: skip
 
@@ -62,7 +69,7 @@ class Source:
     """Documents in files, in an endless order that a seed fixes.
 
     path: a file or a folder; pattern: which files of it; lines: whether a line of a text file is a document; column: of a
-    table's text; shuffle: the files, anew for every pass.
+    table's text; shuffle: the files, anew for every pass. part: only files whose paths a hash puts there, a share of all.
     """
 
     path: str
@@ -71,6 +78,7 @@ class Source:
     column: str = "text"
     shuffle: bool = True
     seed: int = 0
+    part: tuple[float, float] = (0.0, 1.0)
 
     def files(self) -> list[Path]:
         """The files, sorted. Raises UnifyError where there is none."""
@@ -79,21 +87,30 @@ class Source:
         if not found:
             fails = "there is no such file" if not path.exists() else f"no file in it matches {self.pattern!r}"
             raise UnifyError(f"data {self.path}", fails, "name a file, or a folder and a pattern")
-        return found
+        low, high = self.part
+        mine = [x for x in found if low <= place(x.relative_to(path).as_posix() if x != path else x.name) < high]
+        if not mine:
+            given = f"data {self.path}, of which files from {low:g} to {high:g} of all are asked for"
+            raise UnifyError(given, f"none of {len(found)} falls there", "another share, or more files")
+        return mine
 
     def __iter__(self) -> Iterator[str]:
         """Documents without an end, one pass over the files after another. Raises UnifyError where all are empty."""
-        files, turn = self.files(), 0
+        turn = 0
         while True:
-            order = random.Random(self.seed + turn).sample(files, len(files)) if self.shuffle else files
             some = False
-            for file in order:
-                for text in self.documents(file):
-                    some = some or bool(text)
-                    yield text
+            for text in self.once(turn):
+                some = some or bool(text)
+                yield text
             if not some:
                 raise UnifyError(f"data {self.path}", "there is no text in it", "name files that hold some")
             turn += 1
+
+    def once(self, turn: int = 0) -> Iterator[str]:
+        """The documents of one pass over the files."""
+        files = self.files()
+        for file in random.Random(self.seed + turn).sample(files, len(files)) if self.shuffle else files:
+            yield from self.documents(file)
 
     def documents(self, file: Path) -> Iterator[str]:
         """The documents of one file, read as they are asked for."""
@@ -113,13 +130,13 @@ def _table(file: Path):
 
 
 class Rows(IterableDataset):
-    """Documents as tokens, one after the other in rows of a fixed length, without an end.
+    """Documents as tokens, one after the other in rows of a fixed length, for as long as there are documents.
 
     A row is {"input_ids", "position_ids", "labels"}, each [length]: positions start again with every document, and a
     document's first token is nobody's label.
     """
 
-    def __init__(self, source: Source, encode: Callable[[str], list[int]], length: int):
+    def __init__(self, source: Iterable[str], encode: Callable[[str], list[int]], length: int):
         self.source, self.encode, self.length = source, encode, length
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
@@ -199,6 +216,24 @@ def source(data: str | Mapping[str, Any]) -> Source:
         raise UnifyError(f"data {given}", f"it is not a source of text ({error})", works) from None
 
 
+def split(config: Mapping[str, Any]) -> tuple[Source, Source | None, int]:
+    """(what is trained on, what is kept from it or None, rows that are read of the latter). Raises UnifyError."""
+    data, given = source(config["data"]), config.get("validation")
+    if not given:
+        return data, None, 0
+    given = {"share": given} if isinstance(given, float) else {"path": given} if isinstance(given, str) else given
+    if not isinstance(given, Mapping) or ("share" in given) == ("path" in given):
+        works = "a share such as 0.02, or a source as in data"
+        raise UnifyError(f"validation {given}", "it says no share and no path, or both", works)
+    rows, given = given.get("rows", ROWS), {k: v for k, v in given.items() if k != "rows"}
+    if "path" in given:
+        return data, source(given), rows
+    share = given.pop("share")
+    if given or not 0 < share < 1:
+        raise UnifyError(f"validation {config['validation']}", "no share of the files is that", "use 0.02, say")
+    return replace(data, part=(share, 1.0)), replace(data, part=(0.0, share)), rows
+
+
 def model(given: str | Mapping[str, Any], tokenizer: Any):
     """The model to train: made, or loaded from a folder; in float32. Raises UnifyError where it has too few tokens."""
     import unify.models.modeling  # noqa: F401 - makes our own known to transformers
@@ -240,6 +275,9 @@ def arguments(config: Mapping[str, Any], name: str) -> TrainingArguments:
         if world * each * accumulate != batch:
             what = f"batch {batch} over {world} processes, {each} rows at a time"
             raise UnifyError(what, "they do not divide it", "use a multiple of processes x per_device_train_batch_size")
+    if config.get("validation"):
+        read = {"eval_strategy": "steps", "eval_steps": 100, "prediction_loss_only": True}
+        given = {"per_device_eval_batch_size": given.get("per_device_train_batch_size", 8), **read, **given}
     try:
         made = TrainingArguments(**given)
     except (TypeError, ValueError) as error:
@@ -279,17 +317,40 @@ def _last(given: TrainingArguments) -> str | None:
 
 
 class _Says(TrainerCallback):
-    """What is logged, as one line, on the first process."""
+    """What is logged, on the first process: as one line, and all of it so far as the learning curve.
 
-    def __init__(self, say: Callable[[str], object]):
-        self.say = say
+    say: is told the line. tokens: of a step. bits: whether tokens are bytes.
+    """
+
+    def __init__(self, say: Callable[[str], object], tokens: int, bits: bool):
+        self.say, self.tokens, self.bits = say, tokens, bits
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        """A step's loss and rate; other logs are left out."""
-        if state.is_world_process_zero and "loss" in (logs or {}):
-            self.say(
-                f"step {state.global_step}  loss {float(logs['loss']):.4f}  rate {float(logs['learning_rate']):.3g}"
-            )
+        """A step's loss and rate, or the loss on the validation set; other logs are left out."""
+        if not state.is_world_process_zero or not {"loss", "eval_loss"} & (logs or {}).keys():
+            return
+        if "loss" in logs:
+            text = f"loss {float(logs['loss']):.4f}  rate {float(logs['learning_rate']):.3g}"
+        else:
+            text = f"held out: loss {logs['eval_loss']:.4f}"
+            text += f", {logs['eval_loss'] / math.log(2):.4f} bits a byte" if self.bits else ""
+        self.say(f"step {state.global_step}  {text}")
+        lines = [json.dumps(entry) + "\n" for entry in self.curve(state.log_history)]
+        path = (
+            Path(args.output_dir) / "curve.jsonl"
+        )  # whole each time: after an interruption nothing stands there twice
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(lines), encoding="utf-8")
+
+    def curve(self, history: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The learning curve, of the trainer's history."""
+        for entry in history:
+            at = {"step": entry["step"], "tokens": entry["step"] * self.tokens}
+            if "loss" in entry:
+                yield {**at, "loss": entry["loss"]}
+            elif "eval_loss" in entry:
+                bits = {"bits_per_byte": entry["eval_loss"] / math.log(2)} if self.bits else {}
+                yield {**at, "held_out": entry["eval_loss"], **bits}
 
 
 def train(
@@ -299,7 +360,8 @@ def train(
 
     config: see this module. name: the output_dir where the trainer's arguments say none. resume: go on from the last
         checkpoint there, if there is one. say: is told the loss, on the first process. One process, or as many as a launcher started.
-    Returns {"folder", "parameters", "steps", "loss", "tokens_per_second", "history": [(step, loss) ...]}.
+    Returns {"folder", "parameters", "steps", "loss", "held_out" (the last, or None), "tokens_per_second",
+    "history": [(step, loss) ...]}.
     Raises UnifyError for a configuration that does not fit.
     """
     check(config)
@@ -307,13 +369,20 @@ def train(
     tokenizer = ByT5Tokenizer(extra_ids=0)
     if config.get("tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(config["tokenizer"], local_files_only=True)
-    rows = Rows(source(config["data"]), encoder(tokenizer), config["length"])
-    rows.source.files()
+    data, kept, count = split(config)
+    data.files()
+    rows, held = Rows(data, encoder(tokenizer), config["length"]), None
+    if kept is not None:
+        held = list(islice(Rows(kept.once(), rows.encode, rows.length), count))
+        if not held:
+            raise UnifyError(f"validation {config['validation']}", "it fills no row", "more text, or a shorter length")
     torch.manual_seed(given.seed)
     made = model(config["model"], tokenizer)
-    trainer = UnifyTrainer(model=made, args=given, train_dataset=rows, processing_class=tokenizer)
+    shown = {"args": given, "train_dataset": rows, "eval_dataset": held, "processing_class": tokenizer}
+    trainer = UnifyTrainer(model=made, **shown)
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(_Says(say or (lambda text: None)))
+    tokens = given.train_batch_size * given.gradient_accumulation_steps * given.world_size * rows.length
+    trainer.add_callback(_Says(say or (lambda text: None), tokens, isinstance(tokenizer, ByT5Tokenizer)))
     result = trainer.train(resume_from_checkpoint=_last(given) if resume else given.resume_from_checkpoint)
     if trainer.is_fsdp_enabled:  # shards are for checkpoints; what is left is whole
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
@@ -326,6 +395,7 @@ def train(
         "parameters": sum(p.numel() for p in made.parameters()),
         "steps": result.global_step,
         "loss": history[-1][1] if history else result.training_loss,
+        "held_out": next((x["eval_loss"] for x in reversed(trainer.state.log_history) if "eval_loss" in x), None),
         "tokens_per_second": result.metrics.get("train_samples_per_second", 0) * config["length"],
         "history": history,
     }
