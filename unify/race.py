@@ -270,8 +270,9 @@ def work(name: str, parts: Sequence[str]) -> None:
 def follow(command: Sequence[str], limit: float, environment: Mapping[str, str]) -> Iterator[dict]:
     """The lines of results of a process as they come; last {"ended": how}, how empty where all went well.
 
-    After `limit` seconds the process and its children are killed.
+    After `limit` seconds the process and its children are killed; so they are if this process is told to terminate.
     """
+    former = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -305,6 +306,7 @@ def follow(command: Sequence[str], limit: float, environment: Mapping[str, str])
             stop("left early")
         process.wait()
         process.stdout.close()
+        signal.signal(signal.SIGTERM, former)
 
 
 def load(path: Path) -> dict:
