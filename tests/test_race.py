@@ -6,6 +6,7 @@ import sys
 from ast import literal_eval
 from dataclasses import fields, replace
 from itertools import count
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -324,6 +325,19 @@ def test_leaving_early_ends_the_process():
     told = race.follow([sys.executable, "-c", tell('{"entry": 1}') + "import time; time.sleep(60)"], 60, {})
     next(told)
     told.close()  # waits for it: within the test's patience, not within a minute
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="children are listed in /proc")
+def test_a_terminated_benchmark_leaves_no_process_behind():
+    """`timeout` sends SIGTERM to the benchmark alone; a contestant that lived on would share the GPU with what comes next."""
+    child = [sys.executable, "-c", tell('{"entry": 1}') + "import time; time.sleep(60)"]
+    code = f"from unify import race\nfor e in race.follow({child!r}, 60, {{}}): print(e, flush=True)"
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert literal_eval(parent.stdout.readline()) == {"entry": 1}
+    (worker,) = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+    parent.terminate()
+    assert parent.wait(20) == 143
+    assert not Path(f"/proc/{worker}").exists()
 
 
 WANTED = [Entry("table", "mamba2", "1x2x3x4x5", m) for m in race.MEASURES]
