@@ -1,6 +1,8 @@
 """Multi-query associative recall: the task by its definition, a run that learns, a sweep that loses nothing, what is drawn."""
 
 import json
+import os
+import time
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -13,14 +15,15 @@ from test_cli import complaint, terminal, too_wide, unify  # noqa: F401
 from unify.errors import UnifyError
 from unify.mqar import sweep as sweeping
 from unify.mqar.report import draw, markdown, standings
-from unify.mqar.run import MODELS, Run, accuracy, config, cost, small_decays, train
+from unify.mqar.run import MODELS, Run, accuracy, asked, batches, config, cost, small_decays, train
 from unify.mqar.sweep import grid, load, sweep
 from unify.mqar.task import IGNORED, Task
 
 TINY = Task(16, 2, vocab=16)
 SMALL = {
     "sequences": 512,
-    "epochs": 12,
+    "steps": 192,
+    "evaluate_every": 16,
     "batch": 32,
     "d_model": 16,
     "heads": 2,
@@ -132,51 +135,61 @@ def test_a_task_is_written_as_it_is_read():
 # -- a run -------------------------------------------------------------------------------------------------------------
 
 
-class Oracle(torch.nn.Module):
-    """Answers with what it is told, whatever is asked."""
-
-    def __init__(self, answers):
-        super().__init__()
-        self.answers, self.lm_head = answers, torch.nn.Identity()
-        self.model = self
-
-    def forward(self, x, use_cache):
-        hidden = torch.nn.functional.one_hot(self.answers[: len(x)], 16).float()
-        self.answers = self.answers[len(x) :]
-        return type("Out", (), {"last_hidden_state": hidden})
-
-
 def test_accuracy_counts_right_answers_to_queries():
     inputs, targets = TINY.make(50, 0)
-    answers = targets.long().clamp(min=0)
-    assert accuracy(Oracle(answers), inputs, targets, 16) == 1
-    asked = (targets != IGNORED).nonzero()
-    for row, place in asked[:10]:
-        answers[row, place] = 0
-    assert accuracy(Oracle(answers), inputs, targets, 16) == 1 - 10 / len(asked)
-    answers[targets == IGNORED] = 3  # nobody asked
-    assert accuracy(Oracle(answers), inputs, targets, 16) == 1 - 10 / len(asked)
+    tests, told = asked(inputs, targets), torch.nn.functional.one_hot(targets.long().clamp(min=0), 16)
+
+    def accuracy_of(told):
+        """Of an oracle that says what it is told at each place, whatever is asked; 16 sequences at a time."""
+        rest = [told]
+
+        def answer(inputs, places):
+            now, rest[0] = rest[0][: len(inputs)], rest[0][len(inputs) :]
+            return now[torch.arange(len(now))[:, None], places]
+
+        return accuracy(answer, tests, 16)
+
+    assert accuracy_of(told) == 1
+    wanted = (targets != IGNORED).nonzero()
+    assert torch.equal(tests.answers.flatten(), targets[tuple(wanted.T)])
+    told[tuple(wanted[:10].T)] = told[tuple(wanted[:10].T)].roll(1, -1)
+    assert accuracy_of(told) == 1 - 10 / len(wanted)
+    told[targets == IGNORED] = 3  # nobody asked
+    assert accuracy_of(told) == 1 - 10 / len(wanted)
+
+
+def test_an_epoch_has_every_sequence_once():
+    rows = batches(10, 3, seed=0, device="cpu")
+    first, second = ([next(rows) for _ in range(3)] for _ in range(2))
+    for epoch in (first, second):
+        assert all(len(x) == 3 for x in epoch)
+        assert len(torch.cat(epoch).unique()) == 9
+    assert not torch.equal(torch.cat(first), torch.cat(second))
+    again = batches(10, 3, seed=0, device="cpu")
+    assert all(torch.equal(next(again), x) for x in (*first, *second))
 
 
 def test_a_run_learns_repeats_and_stops_when_it_has_solved_the_task():
-    sizes = {**SMALL, "epochs": 30, "batch": 64, "d_model": 32}
+    sizes = {**SMALL, "steps": 320, "evaluate_every": 8, "batch": 64, "d_model": 32}
     run, said = Run("mamba2", Task(8, 2, vocab=12), lr=2e-2, **sizes), []
     record = train(run, also=(Task(16, 3, vocab=12),), progress=lambda *a: said.append(list(a)))
     assert record["accuracy"] > 0.99
-    assert len(record["curve"]) < run.epochs
+    assert record["curve"][-1][0] < run.steps
     assert record["curve"] == said
     assert record["curve"][0][2] < 0.7
     assert set(record["others"]) == {"16x3"}
     assert json.loads(json.dumps(record))["run"] == asdict(run)
-    short = replace(run, epochs=2)
+    assert record["ended"] - record["began"] == record["seconds"] > 0
+    short = replace(run, steps=12)
     again = train(short)
+    assert [step for step, _, _ in again["curve"]] == [8, 12]
     assert train(short)["curve"] == again["curve"]
     assert train(replace(short, seed=2))["curve"] != again["curve"]
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_every_model_of_the_comparison_trains(model):
-    record = train(Run(model, TINY, lr=1e-2, **{**SMALL, "sequences": 64, "epochs": 1, "tests": 16}))
+    record = train(Run(model, TINY, lr=1e-2, **{**SMALL, "sequences": 64, "steps": 2, "tests": 16}))
     assert np.isfinite(record["curve"]).all()
     assert record["parameters"] == sum(p.numel() for p in _model(Run(model, TINY, **SMALL)).parameters())
 
@@ -192,7 +205,8 @@ def test_the_set_up_is_the_paper_s():
     c = model.config
     assert (c.vocab_size, c.hidden_size, c.num_hidden_layers, c.intermediate_size) == (8192, 128, 2, 0)
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert (Run("palimpsa").steps, Run("palimpsa").tests) == (60 * 781, 3000)
+    run = Run("palimpsa")
+    assert (run.steps, run.evaluate_every, run.sequences // run.batch, run.tests) == (60 * 781, 781, 781, 3000)
     small_decays(model)
     decay = model.model.layers[0].mixer.gates["g"]
     assert torch.allclose(decay.A_log.exp(), torch.linspace(0.01, 0.16, 8))
@@ -216,7 +230,7 @@ def test_matched_models_have_equal_numbers(match):
 
 # -- a sweep -----------------------------------------------------------------------------------------------------------
 
-QUICK = {**SMALL, "sequences": 64, "epochs": 1, "tests": 16}
+QUICK = {**SMALL, "sequences": 64, "steps": 2, "tests": 16}
 
 
 def test_a_sweep_keeps_what_is_finished_and_goes_on(tmp_path):
@@ -237,12 +251,52 @@ def test_a_sweep_keeps_what_is_finished_and_goes_on(tmp_path):
 
 def test_a_run_that_fails_costs_no_other(tmp_path):
     said = {}
-    bad = Run("mamba2", TINY, lr=1e-2, **{**QUICK, "batch": 0})
+    bad = Run("mamba2", TINY, lr=-1.0, **QUICK)
     good = Run("transformer", TINY, lr=1e-2, **QUICK)
     records = sweep([bad, good], tmp_path / "r.jsonl", say=lambda key, news: said.setdefault(key, []).append(news))
     assert [r["key"] for r in records] == [good.key]
     assert said[bad.key][-1]["phase"] == "failed"
-    assert "ZeroDivisionError" in said[bad.key][-1]["why"]
+    assert "ValueError: Invalid learning rate" in said[bad.key][-1]["why"]
+
+
+def told(run, device, progress):
+    """Instead of `train`: which process it was; a rate of 1 fails, of 2 takes the process down, of 3 never ends."""
+    progress(0, 0.0, 0.0)
+    if run.lr == 1:
+        raise RuntimeError("a fault")
+    if run.lr == 2:
+        os._exit(1)
+    time.sleep(600 if run.lr == 3 else 0)
+    return {"key": run.key, "accuracy": 1.0, "process": os.getpid()}
+
+
+def test_a_process_is_kept_from_run_to_run_and_made_anew_after_a_failure(tmp_path):
+    runs, said = grid(["gla"], [TINY], [0.1, 0.2, 1, 0.3, 2, 0.4, 3], [1], **QUICK), {}
+    say = lambda key, news: said.setdefault(key, []).append(news)  # noqa: E731
+
+    class Limits(sweeping.Limits):  # an end takes runs out of this process, into one lane, which the last would hold
+        def over(self, which):
+            return which == "end" and len(said[runs[-1].key]) > 1
+
+    records = sweep(runs, tmp_path / "r.jsonl", train=told, limits=Limits(end=60), say=say)
+    first, second, third, fourth = (r["process"] for r in records)
+    assert first == second
+    assert len({os.getpid(), second, third, fourth}) == 4
+    assert {r["jobs"] for r in load(tmp_path / "r.jsonl")} == {1}
+    why = [said[run.key][-1].get("why", "") for run in runs]
+    assert [w[:30] for w in why if w] == [
+        "RuntimeError: a fault",
+        "BrokenProcessPool: A process i",
+        "not finished after 60 minutes",
+    ]
+
+
+def test_no_run_begins_after_the_limit(tmp_path):
+    runs = grid(["gla"], [TINY], [0.1, 0.2], [1], **QUICK)
+    for jobs in (1, 2):
+        late = sweeping.Limits(begin=1, start=time.monotonic() - 61)
+        assert sweep(runs, tmp_path / "r.jsonl", train=told, jobs=jobs, limits=late) == []
+    assert len(sweep(runs, tmp_path / "r.jsonl", train=told, limits=sweeping.Limits(begin=1))) == 2
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):
@@ -311,8 +365,8 @@ def test_the_command_line(tmp_path):
         "16x2",
         "--lr",
         "2e-2",
-        "--epochs",
-        "2",
+        "--steps",
+        "4",
         "--sequences",
         "64",
         "--batch",

@@ -14,7 +14,8 @@ from .cli import Json, _console, _dump, _usage, app
 
 TOY = {
     "sequences": 4096,
-    "epochs": 16,
+    "steps": 1024,
+    "evaluate_every": 64,
     "batch": 64,
     "d_model": 32,
     "heads": 2,
@@ -36,6 +37,11 @@ def _numbers(text: str, name: str, kind: type) -> list:
         raise _usage(f"{name} {text}", "it is no list of numbers", f"write {name} 1,2") from None
 
 
+Minutes = Annotated[float | None, typer.Option("--minutes", help="No run begins after so many.")]
+Stop = Annotated[float | None, typer.Option("--stop", help="What still runs after so many minutes is ended, and lost.")]
+OUTPUT = "One line of JSON a run; runs in it are not done again."
+
+
 @app.command()
 def mqar(
     toy: Annotated[bool, typer.Option("--toy", help="Small enough for two minutes on two cores.")] = False,
@@ -48,16 +54,19 @@ def mqar(
     also: Annotated[str, typer.Option("--also", metavar="TxP", help="Tasks to read at, without training.")] = "",
     rates: Annotated[str | None, typer.Option("--lr", metavar="A,B", help="Learning rates.")] = None,
     seeds: Annotated[str, typer.Option("--seeds", metavar="A,B", help="Seeds.")] = "1",
-    match: Annotated[str, typer.Option("--match", help="none, state or parameters: equal to Mamba-2's.")] = "none",
-    epochs: Annotated[int | None, typer.Option("--epochs", min=1, help="Over the training set, at most.")] = None,
+    match: Annotated[
+        str, typer.Option("--match", metavar="A,B", help="none, state, parameters: equal to Mamba-2's.")
+    ] = "none",
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Optimizer steps, at most.")] = None,
+    every: Annotated[int | None, typer.Option("--every", min=1, help="Steps between two evaluations.")] = None,
     sequences: Annotated[int | None, typer.Option("--sequences", min=1, help="Of the training set.")] = None,
     batch: Annotated[int | None, typer.Option("--batch", min=1, help="Sequences a step.")] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, or auto: what there is.")] = "auto",
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs at a time, on the one device.")] = 2,
     compiled: Annotated[bool, typer.Option("--compile", help="Through torch.compile.")] = False,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="One line of JSON a run; runs in it are not done again.")
-    ] = Path("mqar.jsonl"),
+    minutes: Minutes = None,
+    stop: Stop = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help=OUTPUT)] = Path("mqar.jsonl"),
     plot: Annotated[Path | None, typer.Option("--plot", metavar="DIR", help="Draw what the file holds.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -71,15 +80,16 @@ def mqar(
     names = _list(models or (TOY_MODELS if toy else ",".join(MODELS)))
     names = [name if name == ATTENTION else zoo.get(name).name for name in names]
     more: dict[str, Any] = dict(TOY) if toy else {}
-    more |= {k: v for k, v in {"epochs": epochs, "sequences": sequences, "batch": batch}.items() if v is not None}
+    sizes = {"steps": steps, "evaluate_every": every, "sequences": sequences, "batch": batch}
+    more |= {k: v for k, v in sizes.items() if v is not None}
     given = {"vocab": 64} if toy else {}
     learned = [Task.parse(text, **given) for text in _list(tasks or (TOY_TASK if toy else "512x128"))]
     read = tuple(Task.parse(text, **given) for text in _list(also))
     lrs = _numbers(rates or (TOY_RATE if toy else "1e-3,2.154e-3,4.642e-3,1e-2"), "--lr", float)
-    runs = grid(names, learned, lrs, _numbers(seeds, "--seeds", int), match=match, **more)
-    device = _device(device)
-    with _live(len(runs)) as say:
-        sweep(runs, output, device=device, jobs=jobs, compiled=compiled, also=read, say=say)
+    runs = grid(names, learned, lrs, _numbers(seeds, "--seeds", int), _list(match), **more)
+    how = {"device": _device(device), "jobs": jobs, "limits": _limits(minutes, stop)}
+    with _live(runs) as say:
+        sweep(runs, output, **how, compiled=compiled, also=read, say=say)
     found = standings(load(output))
     if plot is not None:
         draw(found, plot)
@@ -90,6 +100,14 @@ def mqar(
     console = _console()
     console.print(_table(found))
     console.print(f"runs: {output}" + ("" if plot is None else f", plots: {plot}"), style="dim", markup=False)
+
+
+def _limits(minutes: float | None, stop: float | None) -> Any:
+    from math import inf
+
+    from .mqar.sweep import Limits
+
+    return Limits(inf if minutes is None else minutes, inf if stop is None else stop)
 
 
 def _device(name: str) -> str:
@@ -116,24 +134,26 @@ def _table(found: list) -> Any:
 
 
 @contextmanager
-def _live(total: int) -> Iterator[Callable[[str, dict], None]]:
+def _live(runs: list) -> Iterator[Callable[[str, dict], None]]:
     """A table on stderr of what runs, what is done and what failed; lines instead where stderr is no terminal."""
     from rich.live import Live
     from rich.table import Table
 
-    console, start, state = _console(stderr=True), time.monotonic(), {}
+    from .mqar.sweep import elapsed
+
+    console, start, state, names = _console(stderr=True), time.monotonic(), {}, {run.key: str(run) for run in runs}
 
     def view() -> Table:
-        from .mqar.sweep import elapsed
-
         done = sum(x["phase"] == "done" for x in state.values())
-        table = Table(title=f"{done} of {total} runs, {elapsed(start)}", box=None, pad_edge=False, title_justify="left")
+        table = Table(
+            title=f"{done} of {len(names)} runs, {elapsed(start)}", box=None, pad_edge=False, title_justify="left"
+        )
         for title in ("run", "step", "loss", "accuracy"):
             table.add_column(title, justify="left" if title == "run" else "right")
         for key, x in state.items():
             if x["phase"] == "running":
                 table.add_row(
-                    _short(key),
+                    names[key],
                     str(x.get("step", "")),
                     *(f"{x[n]:.3f}" if n in x else "" for n in ("loss", "accuracy")),
                 )
@@ -144,9 +164,12 @@ def _live(total: int) -> Iterator[Callable[[str, dict], None]]:
     def say(key: str, news: dict) -> None:
         state[key] = {**state.get(key, {}), **news}
         if news["phase"] == "failed":
-            console.print(f"✗ {_short(key)}: {news['why']}", style="red", markup=False)
+            console.print(f"✗ {names[key]}: {news['why']}", style="red", markup=False)
         elif news["phase"] == "done" and live is None:
-            console.print(f"{_short(key)}: accuracy {news['accuracy']:.3f}", markup=False)
+            console.print(f"{elapsed(start)} {names[key]}: accuracy {news['accuracy']:.3f}", markup=False)
+        elif "step" in news and live is None:
+            seen = f"step {news['step']}, loss {news['loss']:.3f}, accuracy {news['accuracy']:.3f}"
+            console.print(f"{elapsed(start)} {names[key]}: {seen}", style="dim", markup=False)
         if live is not None:
             live.update(view())
 
@@ -155,12 +178,3 @@ def _live(total: int) -> Iterator[Callable[[str, dict], None]]:
     else:
         with live:
             yield say
-
-
-def _short(key: str) -> str:
-    """Model, task, rate and seed of a run's key."""
-    import re
-
-    length, pairs, over = (re.search(rf"{x}=(\d+)", key).group(1) for x in ("length", "pairs", "overwrites"))
-    model, rate, seed = re.search(r"model='(\w+)'.* lr=([\d.e-]+), seed=(\d+)", key).groups()
-    return f"{model} {length}x{pairs}" + (f"-{over}" if over != "0" else "") + f" lr {rate} seed {seed}"
