@@ -10,14 +10,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_cli import complaint, terminal, too_wide, unify  # noqa: F401
+from test_cli import complaint, terminal, too_wide  # noqa: F401
+from test_cli import unify as command
 
+import unify
 from unify.errors import UnifyError
 from unify.mqar import sweep as sweeping
 from unify.mqar.report import draw, markdown, standings
-from unify.mqar.run import MODELS, Run, accuracy, asked, batches, config, cost, small_decays, train
+from unify.mqar.run import MODELS, Run, accuracy, answering, asked, batches, config, cost, fit, small_decays, train
 from unify.mqar.sweep import grid, load, sweep
 from unify.mqar.task import IGNORED, Task
+from unify.mqar.transform import HOSTS, Transformation, host, phase, transform
 
 TINY = Task(16, 2, vocab=16)
 SMALL = {
@@ -319,6 +322,64 @@ def test_an_interrupt_is_passed_on_and_what_is_finished_stays(tmp_path, monkeypa
     assert load(tmp_path / "r.jsonl") == [done]
 
 
+# -- made metaplastic --------------------------------------------------------------------------------------------------
+
+SHORT = {"sequences": 64, "batch": 16, "plateau": 2, "steps": 4, "evaluate_every": 1, "d_model": 16, "heads": 2, "head_dim": 8,
+         "expand_v": 2.0, "tests": 64}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_branches_part_from_the_same_weights_and_train_what_they_say(name):
+    record = transform(Transformation(name, TINY, lr=1e-2, **SHORT))
+    branches, added, total = record["branches"], record["added"], record["total"]
+    wanted = {
+        "unconverted": total - added,
+        "importance alone": added,
+        "importance, then everything": total,
+        "everything": total,
+    }
+    assert {n: b["trained"] for n, b in branches.items()} == wanted
+    losses = {n: [loss for _, loss, _ in b["curve"]] for n, b in branches.items()}
+    # the first loss is that of the same weights on the same tokens; half way, the one that thaws leaves the one that does not
+    assert len({x[0] for x in losses.values()}) == 1
+    alone, then = losses["importance alone"], losses["importance, then everything"]
+    assert alone[:3] == then[:3]
+    assert alone[3] != then[3]
+    assert losses["unconverted"][1] == pytest.approx(losses["everything"][1], rel=1e-4)  # a step from 0 is a small one
+    assert losses["unconverted"][3] != losses["everything"][3]
+    assert alone[3] != losses["unconverted"][3]
+    assert json.loads(json.dumps(record))["key"] == Transformation(name, TINY, lr=1e-2, **SHORT).key
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_held_at_zero_it_trains_as_the_host_that_was_never_converted(name):
+    run, curves = Transformation(name, TINY, lr=1e-2, **SHORT), []
+    for converted in (True, False, None):
+        torch.manual_seed(0)
+        model = host(run)
+        if not converted:
+            unify.unmetaplastic(model)
+        if converted is None:  # planted: a host with another weight
+            with torch.no_grad():
+                model.get_input_embeddings().weight[3] += 0.1
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.01)
+        schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+        sets = [asked(*TINY.make(64, 0, split)) for split in (0, 1)]
+        curves.append(np.array(fit(answering(model), optimizer, schedule, *sets, phase(run, 5), print, solved=1.0)))
+    assert np.allclose(curves[0], curves[1], rtol=1e-4)
+    assert not np.allclose(curves[0], curves[2], rtol=1e-4)
+
+
+def test_sizes_that_make_no_transformation_are_refused():
+    for sizes, sentence in (
+        ({"host": "gla"}, "no such host"),
+        ({"batch": 0}, "no training"),
+        ({"d_model": 48}, "whole factor"),
+    ):
+        with pytest.raises(UnifyError, match=sentence):
+            Transformation(**{"host": "mamba2", "task": TINY, **SHORT, **sizes})
+
+
 # -- what they show ----------------------------------------------------------------------------------------------------
 
 
@@ -374,14 +435,14 @@ def test_the_command_line(tmp_path):
         "--device",
         "cpu",
     ]
-    page = unify(
+    page = command(
         "mqar", "--toy", "--models", "mamba2,transformer", *small, *where, "--also", "24x2", "--plot", tmp_path
     )
     assert too_wide(page) == []
     assert "16x2       Mamba-2" in page
     assert "at 24x2  Transformer" in page
     assert (tmp_path / "mqar.png").exists()
-    again = json.loads(unify("mqar", "--toy", "--models", "mamba2", *small, *where, "--also", "24x2", "--json"))
+    again = json.loads(command("mqar", "--toy", "--models", "mamba2", *small, *where, "--also", "24x2", "--json"))
     assert [x["model"] for x in again] == ["mamba2", "transformer"]  # nothing was trained again, both are in the file
     assert len(load(tmp_path / "r.jsonl")) == 2
 

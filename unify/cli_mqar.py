@@ -1,4 +1,4 @@
-"""`unify mqar`: train models on multi-query associative recall, side by side."""
+"""`unify mqar` and `unify transform`: models on multi-query associative recall, side by side, and made metaplastic."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import mean
 from typing import Annotated, Any
 
 import typer
@@ -23,6 +24,8 @@ TOY = {
     "expand_v": 1.0,
     "tests": 512,
 }
+TOY_TRANSFORM = {"sequences": 12_800, "batch": 64, "plateau": 600, "steps": 200, "evaluate_every": 50, "d_model": 32,
+                 "heads": 2, "head_dim": 16, "expand_v": 2.0, "layers": 1, "tests": 512}  # fmt: skip
 TOY_MODELS, TOY_TASK, TOY_RATE = "mamba2,palimpsa_key,gated_deltanet", "32x8", "5e-3"
 
 
@@ -100,6 +103,74 @@ def mqar(
     console = _console()
     console.print(_table(found))
     console.print(f"runs: {output}" + ("" if plot is None else f", plots: {plot}"), style="dim", markup=False)
+
+
+@app.command()
+def transform(
+    toy: Annotated[bool, typer.Option("--toy", help="Small enough for three minutes on two cores.")] = False,
+    hosts: Annotated[
+        str, typer.Option("--hosts", metavar="A,B", help="mamba2, gated_deltanet.")
+    ] = "mamba2,gated_deltanet",
+    tasks: Annotated[
+        str | None, typer.Option("--tasks", "-t", metavar="TxP", help="Tokens x pairs; TxP-O overwrites O keys.")
+    ] = None,
+    rates: Annotated[str | None, typer.Option("--lr", metavar="A,B", help="Learning rates until the plateau.")] = None,
+    seeds: Annotated[str, typer.Option("--seeds", metavar="A,B", help="Seeds.")] = "1",
+    plateau: Annotated[int | None, typer.Option("--plateau", min=1, help="Optimizer steps before converting.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", min=2, help="Optimizer steps of each branch.")] = None,
+    every: Annotated[int | None, typer.Option("--every", min=1, help="Steps between two evaluations.")] = None,
+    sequences: Annotated[int | None, typer.Option("--sequences", min=1, help="Of the training set.")] = None,
+    batch: Annotated[int | None, typer.Option("--batch", min=1, help="Sequences a step.")] = None,
+    importance: Annotated[
+        str | None, typer.Option("--importance", help="key or diagonal, else the family's own.")
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda, or auto: what there is.")] = "auto",
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs at a time, on the one device.")] = 2,
+    minutes: Minutes = None,
+    stop: Stop = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help=OUTPUT)] = Path("transform.jsonl"),
+    as_json: Json = False,
+) -> None:
+    """Train models to a plateau at a load they cannot hold, make them metaplastic, go on; beside going on unconverted."""
+    from .mqar.report import changes
+    from .mqar.sweep import load, sweep
+    from .mqar.task import Task
+    from .mqar.transform import Transformation
+    from .mqar.transform import transform as train
+
+    more: dict[str, Any] = dict(TOY_TRANSFORM) if toy else {}
+    sizes = {"plateau": plateau, "steps": steps, "evaluate_every": every, "sequences": sequences, "batch": batch}
+    more |= {k: v for k, v in {**sizes, "importance": importance}.items() if v is not None}
+    read = [
+        Task.parse(text, **({"vocab": 64} if toy else {})) for text in _list(tasks or ("48x12" if toy else "512x128"))
+    ]
+    rates = _numbers(rates or ("1e-2" if toy else "4.642e-3"), "--lr", float)
+    seeds = _numbers(seeds, "--seeds", int)
+    runs = [Transformation(h, t, r, s, **more) for s in seeds for t in read for r in rates for h in _list(hosts)]
+    with _live(runs) as say:
+        sweep(runs, output, train=train, device=_device(device), jobs=jobs, limits=_limits(minutes, stop), say=say)
+    records = load(output)
+    if as_json:
+        _dump(records)
+        return
+    console = _console()
+    console.print(_changes(changes(records)))
+    console.print(f"runs: {output}", style="dim", markup=False)
+
+
+def _changes(found: list) -> Any:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("task", "host", "branch", "before", "after", "change", "seeds"):
+        table.add_column(title, justify="left" if title in ("task", "host", "branch") else "right")
+    for c in found:
+        for branch, after in c.after.items():
+            gain = f"{mean(after) - mean(c.before):+.3f}"
+            table.add_row(
+                str(c.task), c.host, branch, f"{mean(c.before):.3f}", f"{mean(after):.3f}", gain, str(len(after))
+            )
+    return table
 
 
 def _limits(minutes: float | None, stop: float | None) -> Any:

@@ -204,18 +204,21 @@ def fit(
     tests: Data,
     run: Any,
     progress: Callable[[int, float, float], None],
+    *,
+    prepare: Callable[[int], None] = lambda step: None,
     solved: float = SOLVED,
 ) -> list[list[float]]:
     """Optimize run.steps steps, or until the accuracy is above `solved`; [[step, mean loss since the last, accuracy], ...].
 
-    answer: see `Answer`. run: its batch, seed, steps and evaluate_every are used. bfloat16 on a GPU, weights in float32; the
-    host waits for the GPU at evaluations alone.
+    answer: see `Answer`. run: its batch, seed, steps and evaluate_every are used. prepare: called before each step, from 1.
+    bfloat16 on a GPU, weights in float32; the host waits for the GPU at evaluations alone.
     """
     device, curve = train.inputs.device.type, []
     rows = batches(len(train.inputs), run.batch, run.seed, device)
     cast = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
     total, since = torch.zeros((), device=device), 0
     for step in range(1, run.steps + 1):
+        prepare(step)
         some = train.take(next(rows))
         with cast:
             logits = answer(some.inputs, some.places)
