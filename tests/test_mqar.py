@@ -16,7 +16,8 @@ from test_cli import unify as command
 import unify
 from unify.errors import UnifyError
 from unify.mqar import sweep as sweeping
-from unify.mqar.report import draw, markdown, standings
+from unify.mqar.figures import draw
+from unify.mqar.report import markdown, standings
 from unify.mqar.run import MODELS, Run, accuracy, answering, asked, batches, config, cost, fit, small_decays, train
 from unify.mqar.sweep import grid, load, sweep
 from unify.mqar.task import IGNORED, Task
@@ -404,15 +405,24 @@ def test_the_rate_is_chosen_by_the_mean_and_the_spread_is_shown():
     assert (best.model, best.lr, best.mean, best.accuracies, best.lrs) == ("palimpsa", 1e-3, 0.8, (0.9, 0.7), 2)
     assert [(s.model, str(s.task)) for s in found] == [("palimpsa", "16x2"), ("mamba2", "16x2"), ("mamba2", "32x4")]
     page = markdown(found)
-    assert "| 16x2 | Palimpsa | 0.800 | 0.700 to 0.900 | 2 | 0.001, best of 2 | 160 | 100 | 5 |" in page
-    assert "| 16x2, read at 32x2 | Mamba-2 | 0.250 |" in page
+    assert "| 16x2 | 2 | Palimpsa | 0.800 | 0.700 to 0.900 | 2 | 0.001, best of 2 | 160 | 100 | 5 |  |" in page
+    assert "| flops a token | read at 32x2 |" in page
+    assert "| 160 | 100 | 5 | 0.250 |" in page
     with pytest.raises(UnifyError, match="nothing to show"):
         standings([])
 
 
 def test_it_is_drawn(tmp_path):
-    files = draw(standings(RECORDS), tmp_path)
-    assert sorted(f.name for f in files) == ["mqar.png", "mqar.svg", "mqar_curves.png", "mqar_curves.svg"]
+    made = draw(standings(RECORDS), tmp_path)
+    files = [file for files in made.values() for file in files]
+    assert sorted(f.name for f in files) == [
+        "mqar.png",
+        "mqar.svg",
+        "mqar_curves.png",
+        "mqar_curves.svg",
+        "mqar_longer.png",
+        "mqar_longer.svg",
+    ]
     text = (tmp_path / "mqar.svg").read_text()
     assert text.startswith("<?xml")
     assert all(f.stat().st_size > 1000 for f in files)

@@ -75,7 +75,8 @@ def mqar(
 ) -> None:
     """Train models on multi-query associative recall; an interrupted sweep goes on where it was."""
     from .models import zoo
-    from .mqar.report import draw, standings
+    from .mqar.figures import draw
+    from .mqar.report import standings
     from .mqar.run import ATTENTION, MODELS
     from .mqar.sweep import grid, load, sweep
     from .mqar.task import Task
@@ -156,6 +157,19 @@ def transform(
     console = _console()
     console.print(_changes(changes(records)))
     console.print(f"runs: {output}", style="dim", markup=False)
+
+
+@app.command()
+def evidence(
+    records: Annotated[Path, typer.Argument(help="Folder with lines of JSON: mqar*.jsonl, transform*.jsonl.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the page and its figures.")] = Path(
+        "evidence"
+    ),
+) -> None:
+    """Write the page of results, figures, tables and sentences, from the records of runs."""
+    from .evidence import write
+
+    _console().print(str(write(records, output)), markup=False)
 
 
 def _changes(found: list) -> Any:
