@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import time
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,9 +17,10 @@ from test_cli import unify as command
 
 import unify
 from unify.errors import UnifyError
+from unify.evidence import SECTIONS, write
 from unify.mqar import sweep as sweeping
 from unify.mqar.figures import draw
-from unify.mqar.report import markdown, standings
+from unify.mqar.report import changed, changes, comparisons, markdown, minutes, open_questions, standings
 from unify.mqar.run import MODELS, Run, accuracy, answering, asked, batches, config, cost, fit, small_decays, train
 from unify.mqar.sweep import grid, load, sweep
 from unify.mqar.task import IGNORED, Task
@@ -384,12 +387,15 @@ def test_sizes_that_make_no_transformation_are_refused():
 # -- what they show ----------------------------------------------------------------------------------------------------
 
 
-def record(model, value, lr=1e-3, seed=1, task=TINY, **more):
+ON = {"seconds": 60.0, "began": 1000.0, "ended": 1060.0, "device": "a GPU", "versions": {"torch": "2"}, "jobs": 2}
+
+
+def record(model, value, lr=1e-3, seed=1, task=TINY, match="none", **more):
     """A record as `train` makes it, with a given accuracy."""
-    run = Run(model, task, lr=lr, seed=seed, **QUICK)
+    run = Run(model, task, lr=lr, seed=seed, match=match, **QUICK)
     costs = {"parameters": 100, "state": 10 * task.length, "flops": 5}
     curve = [[4, 2.0, value / 2], [8, 1.0, value]]
-    return {"run": asdict(run), "key": run.key, **costs, "accuracy": value, "others": {}, "curve": curve, **more}
+    return {"run": asdict(run), "key": run.key, **costs, "accuracy": value, "others": {}, "curve": curve, **ON, **more}
 
 
 RECORDS = [
@@ -428,6 +434,103 @@ def test_it_is_drawn(tmp_path):
     assert all(f.stat().st_size > 1000 for f in files)
 
 
+def test_a_rate_is_chosen_on_the_seeds_that_every_rate_has():
+    runs = [record("gla", 0.5, 1e-3, 1), record("gla", 0.1, 1e-3, 2), record("gla", 0.4, 1e-2, 1)]
+    (found,) = standings(runs)
+    assert (found.lr, found.seeds, found.accuracies) == (1e-3, (1, 2), (0.5, 0.1))  # by the mean of all it were 1e-2
+
+
+def test_sentences_follow_from_the_numbers():
+    runs = [record(m, v, seed=s) for m, vs in {"metamamba2": (0.9, 0.7, 0.8), "mamba2": (0.5, 0.75, 0.6)}.items()
+            for s, v in enumerate(vs)]  # fmt: skip
+    found = standings(runs)
+    said = comparisons(found)
+    assert said == [
+        ("16x2, 2 steps: MetaMamba2 above Mamba-2 in 2 of 3 seeds: 0.800 ± 0.100 against 0.617 ± 0.126.", 2, 3)
+    ]
+    left = open_questions(found, said)
+    assert left[0] == f"Seeds disagree: {said[0][0]}"
+    assert "Still rising by more than 0.01 from the last evaluation but one to the last: 6 of 6 runs." in left
+    runs[4]["accuracy"] = 0.65  # the other way round in the one seed: now they agree, and nothing is left of that
+    agreed = comparisons(standings(runs))
+    assert agreed[0][1:] == (3, 3)
+    assert not any("disagree" in text for text in open_questions(standings(runs), agreed))
+    few = open_questions(standings(runs[:2] + runs[3:5]), [])
+    assert few[0] == "Fewer than 3 seeds: 2 of the 2 rows of the table."
+    alone = comparisons(standings([runs[0], runs[3]]))
+    assert alone[0][0].endswith("in 1 of 1 seed: 0.900 against 0.500.")
+    assert comparisons(standings([runs[0], runs[4]])) == []  # no seed in common
+
+
+def test_minutes_of_runs_side_by_side_count_once():
+    spans = ((0, 60), (30, 90), (60, 80), (600, 660))
+    runs = [{**ON, "began": 100.0 + a, "ended": 100.0 + b} for a, b in spans]
+    assert minutes(runs) == "4 runs, 2.5 minutes of one a GPU, at most 2 side by side (torch 2)."
+    assert minutes(runs[:1]).startswith("1 run, 1.0 minutes")
+    other = {**runs[0], "device": "a CPU"}
+    assert minutes([other, *runs]).startswith(
+        "1 run, 1.0 minutes of one a CPU, at most 2 side by side (torch 2); 4 runs, 2.5"
+    )
+
+
+def turned(host, before, after, seed=1, task=TINY):
+    """A record as `transform` makes it, with given accuracies."""
+    run = Transformation(host, task, seed=seed, **SHORT)
+    of = lambda value: {"accuracy": value, "curve": [[2, 1.0, value / 2], [4, 1.0, value]], "trained": 5}  # noqa: E731
+    return {"transformation": asdict(run), "key": run.key, **of(before), "branches": {b: of(x) for b, x in after.items()},
+            "added": 1, "total": 6, **ON}  # fmt: skip
+
+
+def test_what_converting_changed_is_told_beside_the_unconverted():
+    runs = [turned("mamba2", 0.5, {"unconverted": 0.52, "everything": x}, s) for s, x in enumerate((0.6, 0.51))]
+    table, said, left = changed(changes(runs))
+    assert "| Mamba-2 | 16x2 | everything | 5 | 0.500 ± 0.000 | 0.555 ± 0.064 | +0.055 ± 0.064 | 2 |" in table
+    wanted = "Mamba-2, 16x2, accuracy gained: everything above unconverted in 1 of 2 seeds: +0.055 ± 0.064 against +0.020 ± 0.000."
+    assert said[1:] == [wanted]
+    assert left == [f"Seeds disagree: {wanted}", "Mamba-2, 16x2: 2 seeds."]
+    held = changed(changes([turned("mamba2", 0.97, {"unconverted": 0.97, "everything": 0.98}, s) for s in (1, 2, 3)]))
+    assert held[2] == ["Mamba-2, 16x2: the host held its load nearly (0.970 ± 0.000 before converting)."]
+    with pytest.raises(UnifyError, match="nothing to show"):
+        changes([])
+
+
+def test_a_page_is_written_from_the_files_alone(tmp_path):
+    again = Task(16, 2, vocab=16, overwrites=1)
+    runs = [record(m, v, seed=s, others={"32x2": v / 2, "16x2-1": v / 4}) for m, v in (("palimpsa", 0.9), ("mamba2", 0.5))
+            for s in (1, 2, 3)]  # fmt: skip
+    runs += [record("palimpsa", 0.6, task=again), record("mamba2", 0.4, match="state")]
+    files = {"mqar_a.jsonl": runs[:4], "mqar_b.jsonl": runs[4:],
+             "transform.jsonl": [turned(h, 0.5, {"unconverted": 0.52, "everything": 0.6}) for h in HOSTS]}  # fmt: skip
+    for name, lines in files.items():
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = write(tmp_path, tmp_path / "page")
+    text = page.read_text()
+    pictures = re.findall(r"!\[.*\]\((.*)\)", text)
+    assert pictures == ["mqar.png", "mqar_curves.png", "mqar_longer.png", "mqar_overwritten.png", "transformation.png"]
+    assert all((page.parent / x).stat().st_size > 10_000 for x in pictures)
+    assert "- 16x2, 2 steps: Palimpsa above Mamba-2 in 3 of 3 seeds: 0.900 ± 0.000 against 0.500 ± 0.000." in text
+    assert (
+        "Gated DeltaNet, 16x2, accuracy gained: everything above unconverted in 1 of 1 seed: +0.100 against +0.020."
+        in text
+    )
+    assert (
+        text.count("6 runs, 1.0 minutes of one a GPU") == 1
+    )  # of the figure on longer sequences; others show more runs
+    runs[0]["accuracy"] = 0.4  # another number, another sentence
+    (tmp_path / "mqar_a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in runs[:4]))
+    assert "Palimpsa above Mamba-2 in 2 of 3 seeds: 0.733" in write(tmp_path, tmp_path / "page").read_text()
+    with pytest.raises(UnifyError, match="no records of runs"):
+        write(tmp_path / "page", tmp_path)
+
+
+def test_the_committed_page_is_what_the_committed_records_say(tmp_path):
+    root = Path(__file__).parents[1]
+    records, page = root / "benchmarks", root / "evidence" / "README.md"
+    assert page.exists() == any(list(records.glob(pattern)) for pattern, _ in SECTIONS)
+    if page.exists():
+        assert write(records, tmp_path / "evidence").read_text() == page.read_text(), "run: unify evidence benchmarks"
+
+
 @pytest.mark.slow
 def test_the_command_line(tmp_path):
     where = ["-o", tmp_path / "r.jsonl"]
@@ -457,8 +560,36 @@ def test_the_command_line(tmp_path):
     assert len(load(tmp_path / "r.jsonl")) == 2
 
 
+@pytest.mark.slow
+def test_the_command_line_of_transformations_and_of_the_page(tmp_path):
+    path = tmp_path / "transform.jsonl"
+    small = [
+        "--toy",
+        "--hosts",
+        "mamba2",
+        "--tasks",
+        "16x2",
+        "--plateau",
+        "2",
+        "--steps",
+        "2",
+        "--every",
+        "1",
+        "--batch",
+        "8",
+    ]
+    shown = command("transform", *small, "--device", "cpu", "--jobs", "1", "-o", path)
+    assert too_wide(shown) == []
+    assert "importance, then everything" in shown
+    page = command("evidence", tmp_path, "-o", tmp_path / "page").strip().replace("\n", "")
+    assert page == str(tmp_path / "page" / "README.md")
+    assert "Mamba-2 | 16x2 | importance alone" in (tmp_path / "page" / "README.md").read_text()
+
+
 def test_mistakes_on_the_command_line():
     assert "no such model" in complaint("mqar", "--models", "palimpso")
     assert "no list of numbers" in complaint("mqar", "--seeds", "one")
     assert "nothing is trained there" in complaint("mqar", "--device", "tpu")
     assert "write 512x128" in complaint("mqar", "--tasks", "512")
+    assert "no such host" in complaint("transform", "--hosts", "gla")
+    assert "no records of runs" in complaint("evidence", "nowhere")

@@ -52,7 +52,8 @@ def _styles(found: list[Standing]) -> dict[tuple[str, str], dict]:
     """A colour for each model, a marker for each way of matching."""
     models = list(dict.fromkeys(s.model for s in found))
     markers = {"none": "o", "state": "s", "parameters": "^"}
-    colour = lambda n: {"color": PALETTE[n % len(PALETTE)], "ls": "-" if n < len(PALETTE) else "--"}  # noqa: E731
+    first, again = {"ls": "-"}, {"ls": "--", "markerfacecolor": "white"}
+    colour = lambda n: {"color": PALETTE[n % len(PALETTE)], **(first if n < len(PALETTE) else again)}  # noqa: E731
     return {(s.model, s.match): {**colour(models.index(s.model)), "marker": markers[s.match]} for s in found}
 
 
@@ -89,7 +90,7 @@ def _against(found: list[Standing]):
             low, high = ([abs(s.mean - end(s.accuracies)) for s in mine] for end in (min, max))
             axis.errorbar(at, means, [low, high], label=name(key[0]), capsize=3, **styles[key[:2]])
         axis.set_xlabel(title)
-        _ticks(axis, sorted({_at(s, x) for s in shown}))
+        (_lengths if x == "length" else _ticks)(axis, sorted({_at(s, x) for s in shown}))
     axes[0].set_ylabel("accuracy (mean, least to largest over seeds)", fontsize=9)
     if {s.match for s in found} - {"none"}:
         axes[1].set_title("square: equal state; triangle: equal parameters", fontsize=9)
@@ -105,6 +106,14 @@ def _unmatched(found: list[Standing]) -> list[Standing]:
 def _titled(task: Task, steps: int) -> str:
     over = f", {task.overwrites} bound twice" if task.overwrites else ""
     return f"{task.length} tokens, {task.pairs} pairs{over}, {steps:,} steps"
+
+
+def _lengths(axis, at: list[int]) -> None:
+    """A tick at each length, where they lie apart as their logarithms."""
+    axis.set_xscale("log")
+    axis.set_xticks(at, [f"{n:,}" for n in at])
+    axis.minorticks_off()
+    axis.set_xlim(at[0] / 1.15, at[-1] * 1.15)
 
 
 def _ticks(axis, at: list[int]) -> None:
@@ -167,7 +176,7 @@ def _extrapolation(found: list[Standing]):
             )
         axis.set_xlabel("tokens read")
         axis.set_title(f"trained on {_titled(*group)}", fontsize=10)
-        _ticks(axis, sorted({n for s in shown for n in _longer(s)}))
+        _lengths(axis, sorted({n for s in shown for n in _longer(s)}))
     _legend(figure, axes)
     return figure
 
