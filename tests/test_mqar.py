@@ -21,7 +21,20 @@ from unify.evidence import SECTIONS, write
 from unify.mqar import sweep as sweeping
 from unify.mqar.figures import draw
 from unify.mqar.report import changed, changes, comparisons, markdown, minutes, open_questions, standings
-from unify.mqar.run import MODELS, Run, accuracy, answering, asked, batches, config, cost, fit, small_decays, train
+from unify.mqar.run import (
+    MODELS,
+    Data,
+    Run,
+    accuracy,
+    answering,
+    asked,
+    batches,
+    config,
+    cost,
+    fit,
+    small_decays,
+    train,
+)
 from unify.mqar.sweep import grid, load, sweep
 from unify.mqar.task import IGNORED, Task
 from unify.mqar.transform import HOSTS, Transformation, host, phase, transform
@@ -192,6 +205,27 @@ def test_a_run_learns_repeats_and_stops_when_it_has_solved_the_task():
     assert [step for step, _, _ in again["curve"]] == [8, 12]
     assert train(short)["curve"] == again["curve"]
     assert train(replace(short, seed=2))["curve"] != again["curve"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model", ["mamba2", "palimpsa"])
+def test_a_step_waits_for_no_gpu(model):
+    run = Run(model, TINY, lr=1e-2, **{**SMALL, "steps": 4, "evaluate_every": 4})
+    net = _model(run).cuda()
+    optimizer = torch.optim.AdamW(net.parameters(), fused=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4)
+    sets = [Data(*(x.cuda() for x in asked(*TINY.make(512, 0, split)))) for split in (0, 1)]
+
+    def prepare(step):  # steps 2 and 3 run between two that may wait: kernels are loaded in the first
+        torch.cuda.set_sync_debug_mode("error" if step in (2, 3) else "default")
+
+    try:
+        fit(answering(net), optimizer, schedule, *sets, run, print, prepare=prepare)
+        torch.cuda.set_sync_debug_mode("error")
+        with pytest.raises(RuntimeError, match="synchroniz"):  # planted: what the mode is there to see
+            sets[0].answers.sum().item()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("model", MODELS)
