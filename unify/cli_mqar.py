@@ -40,6 +40,7 @@ def _numbers(text: str, name: str, kind: type) -> list:
         raise _usage(f"{name} {text}", "it is no list of numbers", f"write {name} 1,2") from None
 
 
+Vocab = Annotated[int | None, typer.Option("--vocab", min=4, help="Tokens there are, 8192 in the paper.")]
 Minutes = Annotated[float | None, typer.Option("--minutes", help="No run begins after so many.")]
 Stop = Annotated[float | None, typer.Option("--stop", help="What still runs after so many minutes is ended, and lost.")]
 OUTPUT = "One line of JSON a run; runs in it are not done again."
@@ -63,6 +64,7 @@ def mqar(
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Optimizer steps, at most.")] = None,
     every: Annotated[int | None, typer.Option("--every", min=1, help="Steps between two evaluations.")] = None,
     sequences: Annotated[int | None, typer.Option("--sequences", min=1, help="Of the training set.")] = None,
+    vocab: Vocab = None,
     batch: Annotated[int | None, typer.Option("--batch", min=1, help="Sequences a step.")] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, or auto: what there is.")] = "auto",
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs at a time, on the one device.")] = 2,
@@ -86,7 +88,7 @@ def mqar(
     more: dict[str, Any] = dict(TOY) if toy else {}
     sizes = {"steps": steps, "evaluate_every": every, "sequences": sequences, "batch": batch}
     more |= {k: v for k, v in sizes.items() if v is not None}
-    given = {"vocab": 64} if toy else {}
+    given = _vocab(vocab, toy)
     learned = [Task.parse(text, **given) for text in _list(tasks or (TOY_TASK if toy else "512x128"))]
     read = tuple(Task.parse(text, **given) for text in _list(also))
     lrs = _numbers(rates or (TOY_RATE if toy else "1e-3,2.154e-3,4.642e-3,1e-2"), "--lr", float)
@@ -121,6 +123,7 @@ def transform(
     steps: Annotated[int | None, typer.Option("--steps", min=2, help="Optimizer steps of each branch.")] = None,
     every: Annotated[int | None, typer.Option("--every", min=1, help="Steps between two evaluations.")] = None,
     sequences: Annotated[int | None, typer.Option("--sequences", min=1, help="Of the training set.")] = None,
+    vocab: Vocab = None,
     batch: Annotated[int | None, typer.Option("--batch", min=1, help="Sequences a step.")] = None,
     importance: Annotated[
         str | None, typer.Option("--importance", help="key or diagonal, else the family's own.")
@@ -142,9 +145,7 @@ def transform(
     more: dict[str, Any] = dict(TOY_TRANSFORM) if toy else {}
     sizes = {"plateau": plateau, "steps": steps, "evaluate_every": every, "sequences": sequences, "batch": batch}
     more |= {k: v for k, v in {**sizes, "importance": importance}.items() if v is not None}
-    read = [
-        Task.parse(text, **({"vocab": 64} if toy else {})) for text in _list(tasks or ("48x12" if toy else "512x128"))
-    ]
+    read = [Task.parse(text, **_vocab(vocab, toy)) for text in _list(tasks or ("48x12" if toy else "512x128"))]
     rates = _numbers(rates or ("1e-2" if toy else "4.642e-3"), "--lr", float)
     seeds = _numbers(seeds, "--seeds", int)
     runs = [Transformation(h, t, r, s, **more) for s in seeds for t in read for r in rates for h in _list(hosts)]
@@ -193,6 +194,10 @@ def _limits(minutes: float | None, stop: float | None) -> Any:
     from .mqar.sweep import Limits
 
     return Limits(inf if minutes is None else minutes, inf if stop is None else stop)
+
+
+def _vocab(given: int | None, toy: bool) -> dict[str, int]:
+    return {"vocab": given} if given is not None else {"vocab": 64} if toy else {}
 
 
 def _device(name: str) -> str:

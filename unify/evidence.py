@@ -56,12 +56,13 @@ def _of(title: str, found: list) -> Records:
 def _set_up(found: list) -> str:
     sizes = [dict(s.sizes) for s in found]
     each = lambda key: " or ".join(f"{x:,}" for x in sorted({s[key] for s in sizes}))  # noqa: E731
+    vocab = " or ".join(f"{x:,}" for x in sorted({s.task.vocab for s in found}))
     return (
-        f"{each('layers')} layers without an MLP, width {each('d_model')}, {each('heads')} heads with {each('head_dim')} key and "
-        f"(where nothing is matched) {each('expand_v')} times as many value channels; {each('steps')} steps of {each('batch')} "
-        f"sequences from {each('sequences')}, a cosine to 0, accuracy on {each('tests')} others. The learning rate is the best of "
-        "those tried by the mean of this accuracy. Task and set-up are those of Palimpsa's authors (arXiv 2602.09075) except for "
-        "the number of steps."
+        f"A vocabulary of {vocab}; {each('layers')} layers without an MLP, width {each('d_model')}, {each('heads')} heads with "
+        f"{each('head_dim')} key and (where nothing is matched) {each('expand_v')} times as many value channels; "
+        f"{each('steps')} steps of {each('batch')} sequences from {each('sequences')}, a cosine to 0, accuracy on "
+        f"{each('tests')} others. The learning rate is the best of those tried by the mean of this accuracy. Task and set-up are "
+        "those of Palimpsa's authors (arXiv 2602.09075) except for the number of steps."
     )
 
 
