@@ -54,15 +54,24 @@ def _of(title: str, found: list) -> Records:
 
 
 def _set_up(found: list) -> str:
+    """The sizes that the runs share or do not, and which of them are not the paper's."""
+    from dataclasses import asdict
+
+    from .mqar.run import Run
+
     sizes = [dict(s.sizes) for s in found]
     each = lambda key: " or ".join(f"{x:,}" for x in sorted({s[key] for s in sizes}))  # noqa: E731
+    used = [{**s, "vocab": f.task.vocab, "power": f.task.power} for s, f in zip(sizes, found, strict=True)]
+    paper = asdict(Run("mamba2"))
+    paper |= paper.pop("task")
+    other = [x.replace("_", " ") for x in used[0] if {u[x] for u in used} != {paper[x]}]
     vocab = " or ".join(f"{x:,}" for x in sorted({s.task.vocab for s in found}))
     return (
         f"A vocabulary of {vocab}; {each('layers')} layers without an MLP, width {each('d_model')}, {each('heads')} heads with "
         f"{each('head_dim')} key and (where nothing is matched) {each('expand_v')} times as many value channels; "
         f"{each('steps')} steps of {each('batch')} sequences from {each('sequences')}, a cosine to 0, accuracy on "
-        f"{each('tests')} others. The learning rate is the best of those tried by the mean of this accuracy. Task and set-up are "
-        "those of Palimpsa's authors (arXiv 2602.09075) except for the number of steps."
+        f"{each('tests')} others. The learning rate is the best of those tried by the mean of this accuracy. The numbers of "
+        f"Palimpsa's authors (arXiv 2602.09075) are others for: {', '.join(other) or 'none of these'}."
     )
 
 
