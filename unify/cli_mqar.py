@@ -252,9 +252,12 @@ def _live(runs: list) -> Iterator[Callable[[str, dict], None]]:
     live = Live(view(), console=console, transient=True, refresh_per_second=4) if console.is_terminal else None
 
     def say(key: str, news: dict) -> None:
+        first = all(x["phase"] != "failed" for x in state.values())
         state[key] = {**state.get(key, {}), **news}
         if news["phase"] == "failed":
             console.print(f"✗ {names[key]}: {news['why']}", style="red", markup=False)
+            if first and "trace" in news:  # where; the next ones are most often the same
+                console.print("\n".join(news["trace"].splitlines()[-16:]), style="dim", markup=False)
         elif news["phase"] == "done" and live is None:
             console.print(f"{elapsed(start)} {names[key]}: accuracy {news['accuracy']:.3f}", markup=False)
         elif "step" in news and live is None:

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -20,7 +21,9 @@ from unify.errors import UnifyError
 from .run import ATTENTION, Run, train
 from .task import Task
 
-Say = Callable[[str, dict[str, Any]], None]  # a run's key, and what is new of it: phase, step, loss, accuracy, why
+Say = Callable[
+    [str, dict[str, Any]], None
+]  # a run's key, and what is new of it: phase, step, loss, accuracy, why, trace
 Train = Callable[..., dict[str, Any]]
 Work = Callable[[Run, Say], dict[str, Any]]
 
@@ -126,7 +129,8 @@ def _finished(waiting: list[Run], work: Work, limits: Limits, say: Say) -> Itera
 
 
 def _failed(error: BaseException) -> dict[str, str]:
-    return {"phase": "failed", "why": f"{type(error).__name__}: {error}"}
+    trace = "".join(traceback.format_exception(error))
+    return {"phase": "failed", "why": f"{type(error).__name__}: {error}", "trace": trace}
 
 
 _news: Any = None  # in a process of its own: where what it says goes
