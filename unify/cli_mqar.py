@@ -25,7 +25,7 @@ TOY = {
     "tests": 512,
 }
 TOY_TRANSFORM = {"sequences": 12_800, "batch": 64, "plateau": 600, "steps": 200, "evaluate_every": 50, "d_model": 32,
-                 "heads": 2, "head_dim": 16, "expand_v": 2.0, "layers": 1, "tests": 512}  # fmt: skip
+                 "heads": 2, "head_dim": 8, "expand_v": 4.0, "layers": 1, "tests": 512}  # fmt: skip
 TOY_MODELS, TOY_TASK, TOY_RATE = "mamba2,palimpsa_key,gated_deltanet", "32x8", "5e-3"
 
 

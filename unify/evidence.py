@@ -20,6 +20,8 @@ HEAD = """# What was measured
 Every figure, table and sentence below is written by `unify evidence {records} -o {folder}` from the lines of JSON in
 `{records}`, one for each training run; none of it is typed by hand. A ± is the standard deviation over seeds, a bar or an
 error bar goes from the least to the largest seed. "Above in 2 of 3 seeds" counts seeds, which share data and order, one by one.
+Minutes are those in which one of the runs shown was under way, kernels compiled on the way included; the start of processes and
+runs that were ended before they had a result are not in them.
 """
 
 
