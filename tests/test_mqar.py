@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_bytes import RECORDS as BYTES
 from test_cli import complaint, terminal, too_wide  # noqa: F401
 from test_cli import unify as command
 
@@ -535,12 +536,21 @@ def test_a_page_is_written_from_the_files_alone(tmp_path):
     runs += [record("palimpsa", 0.6, task=again), record("mamba2", 0.4, match="state")]
     files = {"mqar_a.jsonl": runs[:4], "mqar_b.jsonl": runs[4:],
              "transform.jsonl": [turned(h, 0.5, {"unconverted": 0.52, "everything": 0.6}) for h in HOSTS]}  # fmt: skip
+    files["bytes.jsonl"] = BYTES
     for name, lines in files.items():
         (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
     page = write(tmp_path, tmp_path / "page")
     text = page.read_text()
     pictures = re.findall(r"!\[.*\]\((.*)\)", text)
-    assert pictures == ["mqar.png", "mqar_curves.png", "mqar_longer.png", "mqar_overwritten.png", "transformation.png"]
+    drawn = [
+        "mqar.png",
+        "mqar_curves.png",
+        "mqar_longer.png",
+        "mqar_overwritten.png",
+        "transformation.png",
+        "bytes.png",
+    ]
+    assert pictures == drawn
     assert all((page.parent / x).stat().st_size > 10_000 for x in pictures)
     assert "- 16x2, 2 steps: Palimpsa above Mamba-2 in 3 of 3 seeds: 0.900 ± 0.000 against 0.500 ± 0.000." in text
     assert (

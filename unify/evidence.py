@@ -97,6 +97,13 @@ def transformation(records: Records, folder: Path) -> str:
     ])  # fmt: skip
 
 
+def language(records: Records, folder: Path) -> str:
+    """Language models over bytes."""
+    from .bytes.report import section
+
+    return section(records, folder).rstrip()
+
+
 def _bullets(lines: Iterable[str]) -> str:
     return "\n".join(f"- {line}" for line in lines) or "Nothing to list."
 
@@ -105,6 +112,7 @@ def _bullets(lines: Iterable[str]) -> str:
 SECTIONS: tuple[tuple[str, Callable[[Records, Path], str]], ...] = (
     ("mqar*.jsonl", recall),
     ("transform*.jsonl", transformation),
+    ("bytes*.jsonl", language),
 )
 
 
