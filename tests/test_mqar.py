@@ -1,26 +1,50 @@
 """Multi-query associative recall: the task by its definition, a run that learns, a sweep that loses nothing, what is drawn."""
 
 import json
+import os
+import re
+import time
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_cli import complaint, terminal, too_wide, unify  # noqa: F401
+from test_bytes import RECORDS as BYTES
+from test_cli import complaint, terminal, too_wide  # noqa: F401
+from test_cli import unify as command
 
+import unify
 from unify.errors import UnifyError
+from unify.evidence import SECTIONS, write
 from unify.mqar import sweep as sweeping
-from unify.mqar.report import draw, markdown, standings
-from unify.mqar.run import MODELS, Run, accuracy, config, cost, small_decays, train
+from unify.mqar.figures import draw
+from unify.mqar.report import changed, changes, comparisons, markdown, minutes, open_questions, standings
+from unify.mqar.run import (
+    MODELS,
+    Data,
+    Run,
+    accuracy,
+    answering,
+    asked,
+    batches,
+    config,
+    cost,
+    fit,
+    small_decays,
+    train,
+)
 from unify.mqar.sweep import grid, load, sweep
 from unify.mqar.task import IGNORED, Task
+from unify.mqar.transform import HOSTS, Transformation, host, phase, transform
 
 TINY = Task(16, 2, vocab=16)
 SMALL = {
     "sequences": 512,
-    "epochs": 12,
+    "steps": 192,
+    "evaluate_every": 16,
     "batch": 32,
     "d_model": 16,
     "heads": 2,
@@ -132,51 +156,82 @@ def test_a_task_is_written_as_it_is_read():
 # -- a run -------------------------------------------------------------------------------------------------------------
 
 
-class Oracle(torch.nn.Module):
-    """Answers with what it is told, whatever is asked."""
-
-    def __init__(self, answers):
-        super().__init__()
-        self.answers, self.lm_head = answers, torch.nn.Identity()
-        self.model = self
-
-    def forward(self, x, use_cache):
-        hidden = torch.nn.functional.one_hot(self.answers[: len(x)], 16).float()
-        self.answers = self.answers[len(x) :]
-        return type("Out", (), {"last_hidden_state": hidden})
-
-
 def test_accuracy_counts_right_answers_to_queries():
     inputs, targets = TINY.make(50, 0)
-    answers = targets.long().clamp(min=0)
-    assert accuracy(Oracle(answers), inputs, targets, 16) == 1
-    asked = (targets != IGNORED).nonzero()
-    for row, place in asked[:10]:
-        answers[row, place] = 0
-    assert accuracy(Oracle(answers), inputs, targets, 16) == 1 - 10 / len(asked)
-    answers[targets == IGNORED] = 3  # nobody asked
-    assert accuracy(Oracle(answers), inputs, targets, 16) == 1 - 10 / len(asked)
+    tests, told = asked(inputs, targets), torch.nn.functional.one_hot(targets.long().clamp(min=0), 16)
+
+    def accuracy_of(told):
+        """Of an oracle that says what it is told at each place, whatever is asked; 16 sequences at a time."""
+        rest = [told]
+
+        def answer(inputs, places):
+            now, rest[0] = rest[0][: len(inputs)], rest[0][len(inputs) :]
+            return now[torch.arange(len(now))[:, None], places]
+
+        return accuracy(answer, tests, 16)
+
+    assert accuracy_of(told) == 1
+    wanted = (targets != IGNORED).nonzero()
+    assert torch.equal(tests.answers.flatten(), targets[tuple(wanted.T)])
+    told[tuple(wanted[:10].T)] = told[tuple(wanted[:10].T)].roll(1, -1)
+    assert accuracy_of(told) == 1 - 10 / len(wanted)
+    told[targets == IGNORED] = 3  # nobody asked
+    assert accuracy_of(told) == 1 - 10 / len(wanted)
+
+
+def test_an_epoch_has_every_sequence_once():
+    rows = batches(10, 3, seed=0, device="cpu")
+    first, second = ([next(rows) for _ in range(3)] for _ in range(2))
+    for epoch in (first, second):
+        assert all(len(x) == 3 for x in epoch)
+        assert len(torch.cat(epoch).unique()) == 9
+    assert not torch.equal(torch.cat(first), torch.cat(second))
+    again = batches(10, 3, seed=0, device="cpu")
+    assert all(torch.equal(next(again), x) for x in (*first, *second))
 
 
 def test_a_run_learns_repeats_and_stops_when_it_has_solved_the_task():
-    sizes = {**SMALL, "epochs": 30, "batch": 64, "d_model": 32}
+    sizes = {**SMALL, "steps": 320, "evaluate_every": 8, "batch": 64, "d_model": 32}
     run, said = Run("mamba2", Task(8, 2, vocab=12), lr=2e-2, **sizes), []
     record = train(run, also=(Task(16, 3, vocab=12),), progress=lambda *a: said.append(list(a)))
     assert record["accuracy"] > 0.99
-    assert len(record["curve"]) < run.epochs
+    assert record["curve"][-1][0] < run.steps
     assert record["curve"] == said
     assert record["curve"][0][2] < 0.7
     assert set(record["others"]) == {"16x3"}
     assert json.loads(json.dumps(record))["run"] == asdict(run)
-    short = replace(run, epochs=2)
+    assert record["ended"] - record["began"] == record["seconds"] > 0
+    short = replace(run, steps=12)
     again = train(short)
+    assert [step for step, _, _ in again["curve"]] == [8, 12]
     assert train(short)["curve"] == again["curve"]
     assert train(replace(short, seed=2))["curve"] != again["curve"]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("model", ["mamba2", "palimpsa"])
+def test_a_step_waits_for_no_gpu(model):
+    run = Run(model, TINY, lr=1e-2, **{**SMALL, "steps": 4, "evaluate_every": 4})
+    net = _model(run).cuda()
+    optimizer = torch.optim.AdamW(net.parameters(), fused=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4)
+    sets = [Data(*(x.cuda() for x in asked(*TINY.make(512, 0, split)))) for split in (0, 1)]
+
+    def prepare(step):  # steps 2 and 3 run between two that may wait: kernels are loaded in the first
+        torch.cuda.set_sync_debug_mode("error" if step in (2, 3) else "default")
+
+    try:
+        fit(answering(net), optimizer, schedule, *sets, run, print, prepare=prepare)
+        torch.cuda.set_sync_debug_mode("error")
+        with pytest.raises(RuntimeError, match="synchroniz"):  # planted: what the mode is there to see
+            sets[0].answers.sum().item()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_every_model_of_the_comparison_trains(model):
-    record = train(Run(model, TINY, lr=1e-2, **{**SMALL, "sequences": 64, "epochs": 1, "tests": 16}))
+    record = train(Run(model, TINY, lr=1e-2, **{**SMALL, "sequences": 64, "steps": 2, "tests": 16}))
     assert np.isfinite(record["curve"]).all()
     assert record["parameters"] == sum(p.numel() for p in _model(Run(model, TINY, **SMALL)).parameters())
 
@@ -192,7 +247,8 @@ def test_the_set_up_is_the_paper_s():
     c = model.config
     assert (c.vocab_size, c.hidden_size, c.num_hidden_layers, c.intermediate_size) == (8192, 128, 2, 0)
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert (Run("palimpsa").steps, Run("palimpsa").tests) == (60 * 781, 3000)
+    run = Run("palimpsa")
+    assert (run.steps, run.evaluate_every, run.sequences // run.batch, run.tests) == (60 * 781, 781, 781, 3000)
     small_decays(model)
     decay = model.model.layers[0].mixer.gates["g"]
     assert torch.allclose(decay.A_log.exp(), torch.linspace(0.01, 0.16, 8))
@@ -216,7 +272,7 @@ def test_matched_models_have_equal_numbers(match):
 
 # -- a sweep -----------------------------------------------------------------------------------------------------------
 
-QUICK = {**SMALL, "sequences": 64, "epochs": 1, "tests": 16}
+QUICK = {**SMALL, "sequences": 64, "steps": 2, "tests": 16}
 
 
 def test_a_sweep_keeps_what_is_finished_and_goes_on(tmp_path):
@@ -237,12 +293,52 @@ def test_a_sweep_keeps_what_is_finished_and_goes_on(tmp_path):
 
 def test_a_run_that_fails_costs_no_other(tmp_path):
     said = {}
-    bad = Run("mamba2", TINY, lr=1e-2, **{**QUICK, "batch": 0})
+    bad = Run("mamba2", TINY, lr=-1.0, **QUICK)
     good = Run("transformer", TINY, lr=1e-2, **QUICK)
     records = sweep([bad, good], tmp_path / "r.jsonl", say=lambda key, news: said.setdefault(key, []).append(news))
     assert [r["key"] for r in records] == [good.key]
     assert said[bad.key][-1]["phase"] == "failed"
-    assert "ZeroDivisionError" in said[bad.key][-1]["why"]
+    assert "ValueError: Invalid learning rate" in said[bad.key][-1]["why"]
+
+
+def told(run, device, progress):
+    """Instead of `train`: which process it was; a rate of 1 fails, of 2 takes the process down, of 3 never ends."""
+    progress(0, 0.0, 0.0)
+    if run.lr == 1:
+        raise RuntimeError("a fault")
+    if run.lr == 2:
+        os._exit(1)
+    time.sleep(600 if run.lr == 3 else 0)
+    return {"key": run.key, "accuracy": 1.0, "process": os.getpid()}
+
+
+def test_a_process_is_kept_from_run_to_run_and_made_anew_after_a_failure(tmp_path):
+    runs, said = grid(["gla"], [TINY], [0.1, 0.2, 1, 0.3, 2, 0.4, 3], [1], **QUICK), {}
+    say = lambda key, news: said.setdefault(key, []).append(news)  # noqa: E731
+
+    class Limits(sweeping.Limits):  # an end takes runs out of this process, into one lane, which the last would hold
+        def over(self, which):
+            return which == "end" and len(said[runs[-1].key]) > 1
+
+    records = sweep(runs, tmp_path / "r.jsonl", train=told, limits=Limits(end=60), say=say)
+    first, second, third, fourth = (r["process"] for r in records)
+    assert first == second
+    assert len({os.getpid(), second, third, fourth}) == 4
+    assert {r["jobs"] for r in load(tmp_path / "r.jsonl")} == {1}
+    why = [said[run.key][-1].get("why", "") for run in runs]
+    assert [w[:30] for w in why if w] == [
+        "RuntimeError: a fault",
+        "BrokenProcessPool: A process i",
+        "not finished after 60 minutes",
+    ]
+
+
+def test_no_run_begins_after_the_limit(tmp_path):
+    runs = grid(["gla"], [TINY], [0.1, 0.2], [1], **QUICK)
+    for jobs in (1, 2):
+        late = sweeping.Limits(begin=1, start=time.monotonic() - 61)
+        assert sweep(runs, tmp_path / "r.jsonl", train=told, jobs=jobs, limits=late) == []
+    assert len(sweep(runs, tmp_path / "r.jsonl", train=told, limits=sweeping.Limits(begin=1))) == 2
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):
@@ -265,15 +361,76 @@ def test_an_interrupt_is_passed_on_and_what_is_finished_stays(tmp_path, monkeypa
     assert load(tmp_path / "r.jsonl") == [done]
 
 
+# -- made metaplastic --------------------------------------------------------------------------------------------------
+
+SHORT = {"sequences": 64, "batch": 16, "plateau": 2, "steps": 4, "evaluate_every": 1, "d_model": 16, "heads": 2, "head_dim": 8,
+         "expand_v": 2.0, "tests": 64}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_branches_part_from_the_same_weights_and_train_what_they_say(name):
+    record = transform(Transformation(name, TINY, lr=1e-2, **SHORT))
+    branches, added, total = record["branches"], record["added"], record["total"]
+    wanted = {
+        "unconverted": total - added,
+        "importance alone": added,
+        "importance, then everything": total,
+        "everything": total,
+    }
+    assert {n: b["trained"] for n, b in branches.items()} == wanted
+    losses = {n: [loss for _, loss, _ in b["curve"]] for n, b in branches.items()}
+    # the first loss is that of the same weights on the same tokens; half way, the one that thaws leaves the one that does not
+    assert len({x[0] for x in losses.values()}) == 1
+    alone, then = losses["importance alone"], losses["importance, then everything"]
+    assert alone[:3] == then[:3]
+    assert alone[3] != then[3]
+    assert losses["unconverted"][1] == pytest.approx(losses["everything"][1], rel=1e-4)  # a step from 0 is a small one
+    assert losses["unconverted"][3] != losses["everything"][3]
+    assert alone[3] != losses["unconverted"][3]
+    assert json.loads(json.dumps(record))["key"] == Transformation(name, TINY, lr=1e-2, **SHORT).key
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_held_at_zero_it_trains_as_the_host_that_was_never_converted(name):
+    run, curves = Transformation(name, TINY, lr=1e-2, **SHORT), []
+    for converted in (True, False, None):
+        torch.manual_seed(0)
+        model = host(run)
+        if not converted:
+            unify.unmetaplastic(model)
+        if converted is None:  # planted: a host with another weight
+            with torch.no_grad():
+                model.get_input_embeddings().weight[3] += 0.1
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.01)
+        schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+        sets = [asked(*TINY.make(64, 0, split)) for split in (0, 1)]
+        curves.append(np.array(fit(answering(model), optimizer, schedule, *sets, phase(run, 5), print, solved=1.0)))
+    assert np.allclose(curves[0], curves[1], rtol=1e-4)
+    assert not np.allclose(curves[0], curves[2], rtol=1e-4)
+
+
+def test_sizes_that_make_no_transformation_are_refused():
+    for sizes, sentence in (
+        ({"host": "gla"}, "no such host"),
+        ({"batch": 0}, "no training"),
+        ({"d_model": 48}, "whole factor"),
+    ):
+        with pytest.raises(UnifyError, match=sentence):
+            Transformation(**{"host": "mamba2", "task": TINY, **SHORT, **sizes})
+
+
 # -- what they show ----------------------------------------------------------------------------------------------------
 
 
-def record(model, value, lr=1e-3, seed=1, task=TINY, **more):
+ON = {"seconds": 60.0, "began": 1000.0, "ended": 1060.0, "device": "a GPU", "versions": {"torch": "2"}, "jobs": 2}
+
+
+def record(model, value, lr=1e-3, seed=1, task=TINY, match="none", **more):
     """A record as `train` makes it, with a given accuracy."""
-    run = Run(model, task, lr=lr, seed=seed, **QUICK)
+    run = Run(model, task, lr=lr, seed=seed, match=match, **QUICK)
     costs = {"parameters": 100, "state": 10 * task.length, "flops": 5}
     curve = [[4, 2.0, value / 2], [8, 1.0, value]]
-    return {"run": asdict(run), "key": run.key, **costs, "accuracy": value, "others": {}, "curve": curve, **more}
+    return {"run": asdict(run), "key": run.key, **costs, "accuracy": value, "others": {}, "curve": curve, **ON, **more}
 
 
 RECORDS = [
@@ -289,18 +446,133 @@ def test_the_rate_is_chosen_by_the_mean_and_the_spread_is_shown():
     assert (best.model, best.lr, best.mean, best.accuracies, best.lrs) == ("palimpsa", 1e-3, 0.8, (0.9, 0.7), 2)
     assert [(s.model, str(s.task)) for s in found] == [("palimpsa", "16x2"), ("mamba2", "16x2"), ("mamba2", "32x4")]
     page = markdown(found)
-    assert "| 16x2 | Palimpsa | 0.800 | 0.700 to 0.900 | 2 | 0.001, best of 2 | 160 | 100 | 5 |" in page
-    assert "| 16x2, read at 32x2 | Mamba-2 | 0.250 |" in page
+    assert "| 16x2 | 2 | Palimpsa | 0.800 | 0.700 to 0.900 | 2 | 0.001, best of 2 | 160 | 100 | 5 |  |" in page
+    assert "| flops a token | read at 32x2 |" in page
+    assert "| 160 | 100 | 5 | 0.250 |" in page
     with pytest.raises(UnifyError, match="nothing to show"):
         standings([])
 
 
 def test_it_is_drawn(tmp_path):
-    files = draw(standings(RECORDS), tmp_path)
-    assert sorted(f.name for f in files) == ["mqar.png", "mqar.svg", "mqar_curves.png", "mqar_curves.svg"]
+    made = draw(standings(RECORDS), tmp_path)
+    files = [file for files in made.values() for file in files]
+    assert sorted(f.name for f in files) == [
+        "mqar.png",
+        "mqar.svg",
+        "mqar_curves.png",
+        "mqar_curves.svg",
+        "mqar_longer.png",
+        "mqar_longer.svg",
+    ]
     text = (tmp_path / "mqar.svg").read_text()
     assert text.startswith("<?xml")
     assert all(f.stat().st_size > 1000 for f in files)
+
+
+def test_a_rate_is_chosen_on_the_seeds_that_every_rate_has():
+    runs = [record("gla", 0.5, 1e-3, 1), record("gla", 0.1, 1e-3, 2), record("gla", 0.4, 1e-2, 1)]
+    (found,) = standings(runs)
+    assert (found.lr, found.seeds, found.accuracies) == (1e-3, (1, 2), (0.5, 0.1))  # by the mean of all it were 1e-2
+
+
+def test_sentences_follow_from_the_numbers():
+    runs = [record(m, v, seed=s) for m, vs in {"metamamba2": (0.9, 0.7, 0.8), "mamba2": (0.5, 0.75, 0.6)}.items()
+            for s, v in enumerate(vs)]  # fmt: skip
+    found = standings(runs)
+    said = comparisons(found)
+    assert said == [
+        ("16x2, 2 steps: MetaMamba2 above Mamba-2 in 2 of 3 seeds: 0.800 ± 0.100 against 0.617 ± 0.126.", 2, 3)
+    ]
+    left = open_questions(found, said)
+    assert left[0] == f"Seeds disagree: {said[0][0]}"
+    assert "Still rising by more than 0.01 from the last evaluation but one to the last: 6 of 6 runs." in left
+    runs[4]["accuracy"] = 0.65  # the other way round in the one seed: now they agree, and nothing is left of that
+    agreed = comparisons(standings(runs))
+    assert agreed[0][1:] == (3, 3)
+    assert not any("disagree" in text for text in open_questions(standings(runs), agreed))
+    few = open_questions(standings(runs[:2] + runs[3:5]), [])
+    assert few[0] == "Fewer than 3 seeds: 2 of the 2 rows of the table."
+    alone = comparisons(standings([runs[0], runs[3]]))
+    assert alone[0][0].endswith("in 1 of 1 seed: 0.900 against 0.500.")
+    assert comparisons(standings([runs[0], runs[4]])) == []  # no seed in common
+
+
+def test_minutes_of_runs_side_by_side_count_once():
+    spans = ((0, 60), (30, 90), (60, 80), (600, 660))
+    runs = [{**ON, "began": 100.0 + a, "ended": 100.0 + b} for a, b in spans]
+    assert minutes(runs) == "4 runs, 2.5 minutes of one a GPU, at most 2 side by side (torch 2)."
+    assert minutes(runs[:1]).startswith("1 run, 1.0 minutes")
+    other = {**runs[0], "device": "a CPU"}
+    assert minutes([other, *runs]).startswith(
+        "1 run, 1.0 minutes of one a CPU, at most 2 side by side (torch 2); 4 runs, 2.5"
+    )
+
+
+def turned(host, before, after, seed=1, task=TINY):
+    """A record as `transform` makes it, with given accuracies."""
+    run = Transformation(host, task, seed=seed, **SHORT)
+    of = lambda value: {"accuracy": value, "curve": [[2, 1.0, value / 2], [4, 1.0, value]], "trained": 5}  # noqa: E731
+    return {"transformation": asdict(run), "key": run.key, **of(before), "branches": {b: of(x) for b, x in after.items()},
+            "added": 1, "total": 6, **ON}  # fmt: skip
+
+
+def test_what_converting_changed_is_told_beside_the_unconverted():
+    runs = [turned("mamba2", 0.5, {"unconverted": 0.52, "everything": x}, s) for s, x in enumerate((0.6, 0.51))]
+    table, said, left = changed(changes(runs))
+    assert "| Mamba-2 | 16x2 | everything | 5 | 0.500 ± 0.000 | 0.555 ± 0.064 | +0.055 ± 0.064 | 2 |" in table
+    wanted = "Mamba-2, 16x2, accuracy gained: everything above unconverted in 1 of 2 seeds: +0.055 ± 0.064 against +0.020 ± 0.000."
+    assert said[1:] == [wanted]
+    assert left == [f"Seeds disagree: {wanted}", "Mamba-2, 16x2: 2 seeds."]
+    held = changed(changes([turned("mamba2", 0.97, {"unconverted": 0.97, "everything": 0.98}, s) for s in (1, 2, 3)]))
+    assert held[2] == ["Mamba-2, 16x2: the host held its load nearly (0.970 ± 0.000 before converting)."]
+    with pytest.raises(UnifyError, match="nothing to show"):
+        changes([])
+
+
+def test_a_page_is_written_from_the_files_alone(tmp_path):
+    again = Task(16, 2, vocab=16, overwrites=1)
+    runs = [record(m, v, seed=s, others={"32x2": v / 2, "16x2-1": v / 4}) for m, v in (("palimpsa", 0.9), ("mamba2", 0.5))
+            for s in (1, 2, 3)]  # fmt: skip
+    runs += [record("palimpsa", 0.6, task=again), record("mamba2", 0.4, match="state")]
+    files = {"mqar_a.jsonl": runs[:4], "mqar_b.jsonl": runs[4:],
+             "transform.jsonl": [turned(h, 0.5, {"unconverted": 0.52, "everything": 0.6}) for h in HOSTS]}  # fmt: skip
+    files["bytes.jsonl"] = BYTES
+    for name, lines in files.items():
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = write(tmp_path, tmp_path / "page")
+    text = page.read_text()
+    pictures = re.findall(r"!\[.*\]\((.*)\)", text)
+    drawn = [
+        "mqar.png",
+        "mqar_curves.png",
+        "mqar_longer.png",
+        "mqar_overwritten.png",
+        "transformation.png",
+        "bytes.png",
+    ]
+    assert pictures == drawn
+    assert all((page.parent / x).stat().st_size > 10_000 for x in pictures)
+    assert "- 16x2, 2 steps: Palimpsa above Mamba-2 in 3 of 3 seeds: 0.900 ± 0.000 against 0.500 ± 0.000." in text
+    assert (
+        "Gated DeltaNet, 16x2, accuracy gained: everything above unconverted in 1 of 1 seed: +0.100 against +0.020."
+        in text
+    )
+    assert (
+        text.count("6 runs, 1.0 minutes of one a GPU") == 1
+    )  # of the figure on longer sequences; others show more runs
+    runs[0]["accuracy"] = 0.4  # another number, another sentence
+    (tmp_path / "mqar_a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in runs[:4]))
+    assert "Palimpsa above Mamba-2 in 2 of 3 seeds: 0.733" in write(tmp_path, tmp_path / "page").read_text()
+    with pytest.raises(UnifyError, match="no records of runs"):
+        write(tmp_path / "page", tmp_path)
+
+
+def test_the_committed_page_is_what_the_committed_records_say(tmp_path):
+    root = Path(__file__).parents[1]
+    records, page = root / "benchmarks", root / "evidence" / "README.md"
+    assert page.exists() == any(list(records.glob(pattern)) for pattern, _ in SECTIONS)
+    if page.exists():
+        assert write(records, tmp_path / "evidence").read_text() == page.read_text(), "run: unify evidence benchmarks"
 
 
 @pytest.mark.slow
@@ -311,8 +583,8 @@ def test_the_command_line(tmp_path):
         "16x2",
         "--lr",
         "2e-2",
-        "--epochs",
-        "2",
+        "--steps",
+        "4",
         "--sequences",
         "64",
         "--batch",
@@ -320,16 +592,42 @@ def test_the_command_line(tmp_path):
         "--device",
         "cpu",
     ]
-    page = unify(
+    page = command(
         "mqar", "--toy", "--models", "mamba2,transformer", *small, *where, "--also", "24x2", "--plot", tmp_path
     )
     assert too_wide(page) == []
     assert "16x2       Mamba-2" in page
     assert "at 24x2  Transformer" in page
     assert (tmp_path / "mqar.png").exists()
-    again = json.loads(unify("mqar", "--toy", "--models", "mamba2", *small, *where, "--also", "24x2", "--json"))
+    again = json.loads(command("mqar", "--toy", "--models", "mamba2", *small, *where, "--also", "24x2", "--json"))
     assert [x["model"] for x in again] == ["mamba2", "transformer"]  # nothing was trained again, both are in the file
     assert len(load(tmp_path / "r.jsonl")) == 2
+
+
+@pytest.mark.slow
+def test_the_command_line_of_transformations_and_of_the_page(tmp_path):
+    path = tmp_path / "transform.jsonl"
+    small = [
+        "--toy",
+        "--hosts",
+        "mamba2",
+        "--tasks",
+        "16x2",
+        "--plateau",
+        "2",
+        "--steps",
+        "2",
+        "--every",
+        "1",
+        "--batch",
+        "8",
+    ]
+    shown = command("transform", *small, "--device", "cpu", "--jobs", "1", "-o", path)
+    assert too_wide(shown) == []
+    assert "importance, then everything" in shown
+    page = command("evidence", tmp_path, "-o", tmp_path / "page").strip().replace("\n", "")
+    assert page == str(tmp_path / "page" / "README.md")
+    assert "Mamba-2 | 16x2 | importance alone" in (tmp_path / "page" / "README.md").read_text()
 
 
 def test_mistakes_on_the_command_line():
@@ -337,3 +635,5 @@ def test_mistakes_on_the_command_line():
     assert "no list of numbers" in complaint("mqar", "--seeds", "one")
     assert "nothing is trained there" in complaint("mqar", "--device", "tpu")
     assert "write 512x128" in complaint("mqar", "--tasks", "512")
+    assert "no such host" in complaint("transform", "--hosts", "gla")
+    assert "no records of runs" in complaint("evidence", "nowhere")

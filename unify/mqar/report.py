@@ -1,26 +1,35 @@
-"""What the runs of a file show: a table, the plots, with the spread over seeds."""
+"""What the runs of a file show, with the spread over seeds: standings, tables, and sentences that follow from the numbers."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 from unify.errors import UnifyError
 
-from .run import ATTENTION, MODELS
+from .run import ATTENTION, MODELS, SOLVED, Run
 from .task import Task
+
+# which is compared with which: a memory with an importance and its source, then Palimpsa and the other memories
+PAIRS = (
+    ("metamamba2", "mamba2"), ("meta_gla", "gla"), ("meta_gdn", "gated_deltanet"), ("palimpsa", "mamba2"),
+    ("palimpsa", "palimpsa_key"), ("palimpsa", "gated_deltanet"), ("palimpsa", "kda"), ("palimpsa", "mesanet"),
+    ("palimpsa", ATTENTION),
+)  # fmt: skip
+ENOUGH = 3  # seeds
+RISING = 0.01  # accuracy gained by the last look at it
 
 
 @dataclass(frozen=True)
 class Standing:
     """A model on a task at the learning rate that is best for it on average, over seeds.
 
-    accuracies: one a seed. parameters, state (bytes), flops (a token): of the model as it was trained. others: accuracies
-    on tasks that were not trained on. curves: [(step, loss, accuracy)] a seed. sizes: everything else the runs share.
+    accuracies: one for each of seeds. parameters, state (bytes), flops (a token): of the model as it was trained. others: accuracies
+    on tasks that were not trained on. curves: [(step, loss, accuracy)] a seed. sizes: everything else the runs share. records:
+    of all its runs, at other rates too.
     """
 
     model: str
@@ -28,6 +37,7 @@ class Standing:
     match: str
     sizes: tuple
     lr: float
+    seeds: tuple[int, ...]
     accuracies: tuple[float, ...]
     parameters: int
     state: int
@@ -35,11 +45,17 @@ class Standing:
     others: dict[str, tuple[float, ...]]
     curves: tuple
     lrs: int
+    records: tuple
 
     @property
     def mean(self) -> float:
         """Mean accuracy over seeds."""
         return mean(self.accuracies)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps, at most."""
+        return dict(self.sizes)["steps"]
 
     @property
     def label(self) -> str:
@@ -55,132 +71,199 @@ def name(model: str) -> str:
 
 
 def standings(records: Iterable[dict[str, Any]]) -> list[Standing]:
-    """One for each model, task and match, in the order of `MODELS`. Raises UnifyError where there is no record."""
-    groups: dict[tuple, dict[float, list]] = defaultdict(lambda: defaultdict(list))
+    """One for each model, task, match and sizes, in the order of `MODELS`. Raises UnifyError where there is no record."""
+    groups: dict[tuple, dict[float, dict[int, dict]]] = defaultdict(lambda: defaultdict(dict))
     for record in records:
         run = dict(record["run"])
         task = Task(**run.pop("task"))
-        model, match, lr, _ = (run.pop(x) for x in ("model", "match", "lr", "seed"))
-        groups[model, task, match, tuple(sorted(run.items()))][lr].append(record)
+        model, match, lr, seed = (run.pop(x) for x in ("model", "match", "lr", "seed"))
+        groups[model, task, match, tuple(sorted(run.items()))][lr][seed] = record
     if not groups:
         raise UnifyError("no run", "there is nothing to show", "train some first: unify mqar --toy")
     found = []
     for (model, task, match, sizes), by_lr in groups.items():
-        lr, best = max(by_lr.items(), key=lambda item: mean(r["accuracy"] for r in item[1]))
+        lr = _best(by_lr)
+        seeds, best = zip(*sorted(by_lr[lr].items()), strict=True)
         cost = {x: best[0][x] for x in ("parameters", "state", "flops")}
-        others = {t: tuple(r["others"][t] for r in best) for t in best[0]["others"]}
+        names = dict.fromkeys(t for r in best for t in r["others"])
+        others = {t: tuple(r["others"][t] for r in best if t in r["others"]) for t in names}
         accuracies, curves = tuple(r["accuracy"] for r in best), tuple(r["curve"] for r in best)
+        used = tuple(r for runs in by_lr.values() for r in runs.values())
         found.append(
-            Standing(model, task, match, sizes, lr, accuracies, **cost, others=others, curves=curves, lrs=len(by_lr))
-        )
+            Standing(model, task, match, sizes, lr, seeds, accuracies, **cost, others=others, curves=curves,
+                     lrs=len(by_lr), records=used)
+        )  # fmt: skip
     rank = {x: n for n, x in enumerate(MODELS)}
-    return sorted(found, key=lambda s: (s.task.length, s.task.pairs, s.task.overwrites, s.match, rank.get(s.model, 99)))
+    order = lambda s: (s.task.length, s.task.pairs, s.task.overwrites, s.steps, s.match, rank.get(s.model, 99))  # noqa: E731
+    return sorted(found, key=order)
+
+
+def _best(by_lr: dict[float, dict[int, dict]]) -> float:
+    """The rate with the highest mean over the seeds that every rate has; the one with most seeds where they share none."""
+    shared = set.intersection(*(set(runs) for runs in by_lr.values()))
+    if not shared:
+        return max(by_lr, key=lambda lr: len(by_lr[lr]))
+    return max(by_lr, key=lambda lr: mean(by_lr[lr][seed]["accuracy"] for seed in shared))
 
 
 def markdown(found: list[Standing]) -> str:
-    """A table: accuracy as the mean over seeds, the least and the largest; cost beside it."""
-    head = "| task | model | accuracy | least to largest | seeds | learning rate | state, bytes | parameters | flops a token |"
-    lines = [head, "|---|---|---|---|---|---|---|---|---|"]
+    """A table: accuracy as the mean over seeds, the least and the largest; cost beside it; then each other task that was read."""
+    others = list(dict.fromkeys(t for s in found for t in s.others))
+    titles = ["task", "steps", "model", "accuracy", "least to largest", "seeds", "learning rate", "state, bytes", "parameters",
+              "flops a token", *(f"read at {t}" for t in others)]  # fmt: skip
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     for s in found:
-        spread = f"{min(s.accuracies):.3f} to {max(s.accuracies):.3f}"
+        ends = f"{min(s.accuracies):.3f} to {max(s.accuracies):.3f}"
         rate = f"{s.lr:.2g}, best of {s.lrs}" if s.lrs > 1 else f"{s.lr:.2g}"
-        lines.append(
-            f"| {s.task} | {s.label} | {s.mean:.3f} | {spread} | {len(s.accuracies)} | {rate} | {s.state:,} | "
-            f"{s.parameters:,} | {s.flops:,} |"
-        )
-        lines += [f"| {s.task}, read at {t} | {s.label} | {mean(a):.3f} | {min(a):.3f} to {max(a):.3f} | {len(a)} | | | | |"
-                  for t, a in s.others.items()]  # fmt: skip
+        cells = [s.task, f"{s.steps:,}", s.label, f"{s.mean:.3f}", ends, len(s.seeds), rate, f"{s.state:,}", f"{s.parameters:,}",
+                 f"{s.flops:,}", *(f"{mean(s.others[t]):.3f}" if t in s.others else "" for t in others)]  # fmt: skip
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
 
-def draw(found: list[Standing], folder: Path) -> list[Path]:
-    """Plots as SVG and PNG: accuracy against length, state, parameters and flops, and the learning curves. Returns the files."""
-    folder.mkdir(parents=True, exist_ok=True)
+def spread(values: Iterable[float], sign: str = "") -> str:
+    """Mean and standard deviation over seeds; the one number where there is one."""
+    values = tuple(values)
+    shown = f"{mean(values):{sign}.3f}"
+    return shown + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def compare(one: str, other: str, a: dict[int, float], b: dict[int, float], sign: str = "") -> tuple[str, int, int]:
+    """A sentence on two things measured over the seeds they share; (it, how often the first is above, how many seeds)."""
+    seeds = sorted(set(a) & set(b))
+    above = sum(a[s] > b[s] for s in seeds)
+    values = f"{spread((a[s] for s in seeds), sign)} against {spread((b[s] for s in seeds), sign)}"
+    count = f"{above} of {len(seeds)} seed{'s' * (len(seeds) != 1)}"
+    return f"{one} above {other} in {count}: {values}.", above, len(seeds)
+
+
+def comparisons(found: list[Standing]) -> list[tuple[str, int, int]]:
+    """`compare` for each of `PAIRS` at equal task, match and sizes."""
+    at = {(s.model, s.task, s.match, s.sizes): s for s in found}
     out = []
-    for title, make in (("mqar", _against), ("mqar_curves", _curves)):
-        for suffix in ("svg", "png"):
-            out.append(folder / f"{title}.{suffix}")
-            make(found).savefig(out[-1], dpi=150)
+    for group in dict.fromkeys((s.task, s.match, s.sizes) for s in found):
+        for pair in PAIRS:
+            a, b = (at.get((model, *group)) for model in pair)
+            if a and b and set(a.seeds) & set(b.seeds):
+                values = (dict(zip(s.seeds, s.accuracies, strict=True)) for s in (a, b))
+                said, *counts = compare(name(a.model), name(b.model), *values)
+                match = "" if a.match == "none" else f", equal {a.match}"
+                out.append((f"{a.task}, {a.steps:,} steps{match}: {said}", *counts))
     return out
 
 
-def _styles(found: list[Standing]) -> dict[tuple[str, str], dict]:
-    """A colour for each model, a marker for each way of matching."""
-    from unify.draw import PALETTE
-
-    models = list(dict.fromkeys(s.model for s in found))
-    markers = {"none": "o", "state": "s", "parameters": "^"}
-    colour = lambda n: {"color": PALETTE[n % len(PALETTE)], "ls": "-" if n < len(PALETTE) else "--"}  # noqa: E731
-    return {(s.model, s.match): {**colour(models.index(s.model)), "marker": markers[s.match]} for s in found}
-
-
-def _figure(columns: int, title: str):
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.2 * columns, 4.8), layout="constrained")
-    figure.suptitle(title, fontsize=13)
-    axes = figure.subplots(1, columns, squeeze=False)[0]
-    for axis in axes:
-        axis.grid(color="0.92")
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.set_ylim(-0.02, 1.02)
-    axes[0].set_ylabel("accuracy")
-    return figure, axes
+def open_questions(found: list[Standing], said: list[tuple[str, int, int]]) -> list[str]:
+    """What the numbers do not decide: seeds that disagree, too few of them, runs that were still rising."""
+    out = [f"Seeds disagree: {text}" for text, above, seeds in said if 0 < above < seeds]
+    few = [s for s in found if len(s.seeds) < ENOUGH]
+    if few:
+        out.append(f"Fewer than {ENOUGH} seeds: {len(few)} of the {len(found)} rows of the table.")
+    ends = [c for s in found for c in s.curves]
+    rising = sum(len(c) > 1 and c[-1][2] - c[-2][2] > RISING and c[-1][2] <= SOLVED for c in ends)
+    if rising:
+        out.append(
+            f"Still rising by more than {RISING} from the last evaluation but one to the last: {rising} of {len(ends)} runs."
+        )
+    short, full = sorted({s.steps for s in found}), Run("mamba2").steps
+    if short[0] < full:
+        steps = " and ".join(f"{n:,}" for n in short if n < full)
+        out.append(f"Training was short: {steps} steps, where the paper's is {full:,} at most.")
+    return out
 
 
-def _against(found: list[Standing]):
-    """Accuracy against length and against each cost."""
-    what = {"length": "tokens", "state": "state, bytes", "parameters": "parameters", "flops": "flops a token"}
-    figure, axes = _figure(len(what), "Multi-query associative recall")
-    styles = _styles(found)
-    for axis, (x, title) in zip(axes, what.items(), strict=True):
-        for (model, match), style in styles.items():
-            mine = sorted((s for s in found if (s.model, s.match) == (model, match)), key=lambda s: _at(s, x))
-            at, means = [_at(s, x) for s in mine], [s.mean for s in mine]
-            low, high = ([abs(s.mean - end(s.accuracies)) for s in mine] for end in (min, max))
-            line = style if x == "length" else {**style, "ls": ""}  # only one task after another makes a line
-            axis.errorbar(at, means, [low, high], label=mine[0].label, capsize=3, **line)
-        axis.set_xlabel(title)
-        _ticks(axis, sorted({_at(s, x) for s in found}))
-    axes[0].set_ylabel("accuracy (mean, least to largest over seeds)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    return figure
+def minutes(records: Iterable[dict[str, Any]]) -> str:
+    """How long runs kept their machines: minutes in which at least one was under way, so that runs side by side count once."""
+    by_device: dict[str, list] = defaultdict(list)
+    for record in records:
+        by_device[record["device"]].append(record)
+    parts = []
+    for device, runs in sorted(by_device.items()):
+        busy, end = 0.0, 0.0
+        for began, ended in sorted((r["began"], r["ended"]) for r in runs):
+            busy, end = busy + max(0.0, ended - max(began, end)), max(end, ended)
+        versions = sorted({", ".join(f"{k} {v}" for k, v in r["versions"].items()) for r in runs})
+        side = max(r["jobs"] for r in runs)
+        what = f"{len(runs)} runs" if len(runs) > 1 else "1 run"
+        parts.append(
+            f"{what}, {busy / 60:.1f} minutes of one {device}, at most {side} side by side ({'; '.join(versions)})"
+        )
+    return "; ".join(parts) + "."
 
 
-def _ticks(axis, at: list[int]) -> None:
-    """Few ticks, in thousands and millions; logarithmic where the numbers are far apart."""
-    from matplotlib.ticker import EngFormatter, FixedLocator, MaxNLocator, NullLocator
-
-    if at[-1] > 4 * at[0]:
-        axis.set_xscale("log")
-        few = at[:1]
-        for x in at:
-            few += [x] if x >= 2 * few[-1] else []
-        axis.xaxis.set_major_locator(FixedLocator(few))
-        axis.xaxis.set_minor_locator(NullLocator())
-    else:
-        axis.xaxis.set_major_locator(MaxNLocator(4))
-    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+# -- made metaplastic --------------------------------------------------------------------------------------------------
 
 
-def _at(standing: Standing, x: str) -> int:
-    return standing.task.length if x == "length" else getattr(standing, x)
+@dataclass(frozen=True)
+class Change:
+    """A host at its plateau and after each branch, a number for each of seeds. curves: of a seed, before and of each branch."""
+
+    host: str
+    task: Task
+    sizes: tuple
+    seeds: tuple[int, ...]
+    before: tuple[float, ...]
+    after: dict[str, tuple[float, ...]]
+    records: tuple
+
+    @property
+    def label(self) -> str:
+        """As people write it."""
+        return name(self.host)
+
+    def gained(self, branch: str) -> dict[int, float]:
+        """Accuracy after a branch less the accuracy before, by seed."""
+        return {s: a - b for s, a, b in zip(self.seeds, self.after[branch], self.before, strict=True)}
 
 
-def _curves(found: list[Standing]):
-    """Accuracy against steps, a panel a task, a thin line a seed."""
-    tasks = list(dict.fromkeys(s.task for s in found))
-    figure, axes = _figure(len(tasks), "Learning curves at each model's best rate")
-    styles = _styles(found)
-    for axis, task in zip(axes, tasks, strict=True):
-        for s in (s for s in found if s.task == task):
-            style = {**styles[s.model, s.match], "marker": None}
-            for n, curve in enumerate(s.curves):
-                steps, _, accuracies = zip(*curve, strict=True)
-                axis.plot(steps, accuracies, lw=1.2, alpha=0.8, label=None if n else s.label, **style)
-        over = f", {task.overwrites} overwritten" if task.overwrites else ""
-        axis.set(title=f"{task.length} tokens, {task.pairs} pairs{over}", xlabel="steps")
-    handles = {text: line for axis in axes for line, text in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    return figure
+def changes(records: Iterable[dict[str, Any]]) -> list[Change]:
+    """One for each host, task and sizes. Raises UnifyError where there is no record."""
+    groups: dict[tuple, dict[int, dict]] = defaultdict(dict)
+    for record in records:
+        run = dict(record["transformation"])
+        task = Task(**run.pop("task"))
+        host, seed = run.pop("host"), run.pop("seed")
+        groups[host, task, tuple(sorted(run.items(), key=lambda item: item[0]))][seed] = record
+    if not groups:
+        raise UnifyError("no transformation", "there is nothing to show", "train some first: unify transform --toy")
+    found = []
+    for key, by_seed in groups.items():
+        seeds, runs = zip(*sorted(by_seed.items()), strict=True)
+        after = {b: tuple(r["branches"][b]["accuracy"] for r in runs) for b in runs[0]["branches"]}
+        found.append(Change(*key, seeds, tuple(r["accuracy"] for r in runs), after, runs))
+    return found
+
+
+def changed(found: list[Change]) -> tuple[str, list[str], list[str]]:
+    """Of what `changes` returns: a table, what it says, and what it leaves open."""
+    lines = [
+        "| host | task | branch | trained parameters | before | after | change | seeds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    said, left = [], []
+    for c in found:
+        for branch, after in c.after.items():
+            trained = c.records[0]["branches"][branch]["trained"]
+            cells = (
+                c.label,
+                c.task,
+                branch,
+                f"{trained:,}",
+                spread(c.before),
+                spread(after),
+                spread(c.gained(branch).values(), "+"),
+            )
+            lines.append("| " + " | ".join(map(str, cells)) + f" | {len(c.seeds)} |")
+        rise = [r["curve"][-1][2] - r["curve"][-1 - len(r["curve"]) // 4][2] for r in c.records]
+        where = f"{c.label}, {c.task}"
+        said.append(
+            f"{where}: in the last quarter of the evaluations before converting the accuracy rose by {spread(rise)}."
+        )
+        for branch in c.after:
+            if branch != "unconverted":
+                text, above, seeds = compare(branch, "unconverted", c.gained(branch), c.gained("unconverted"), "+")
+                said.append(f"{where}, accuracy gained: {text}")
+                left += [f"Seeds disagree: {said[-1]}"] if 0 < above < seeds else []
+        if max(c.before) > SOLVED - 0.05:
+            left.append(f"{where}: the host held its load nearly ({spread(c.before)} before converting).")
+        left += [f"{where}: {len(c.seeds)} seeds."] if len(c.seeds) < ENOUGH else []
+    return "\n".join(lines), said, left

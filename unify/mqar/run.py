@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
-from typing import Any
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,8 +30,9 @@ class Run:
     """What a run is a function of. Set-up of the Palimpsa paper: two layers, no MLP, tied embeddings, AdamW with a cosine.
 
     model: a name of the zoo, or "transformer". match: "state" or "parameters" widens or narrows the values until the
-    model has the state or the parameters of Mamba-2 at these sizes. sequences: of the training set; epochs: over it, at
-    most. head_dim: K; expand_v: V / K.
+    model has the state or the parameters of Mamba-2 at these sizes. sequences: of the training set; steps: of the optimizer,
+    at most, the length of the cosine; the paper's is 60 epochs. evaluate_every: steps between two looks at the test set, an
+    epoch in the paper. head_dim: K; expand_v: V / K. Raises UnifyError for a model or a size that there is not.
     """
 
     model: str
@@ -39,7 +41,8 @@ class Run:
     seed: int = 1
     match: str = "none"
     sequences: int = 100_000
-    epochs: int = 60
+    steps: int = 60 * 781
+    evaluate_every: int = 781
     batch: int = 128
     d_model: int = 128
     layers: int = 2
@@ -59,16 +62,23 @@ class Run:
             )
         if self.match != "none" and self.model == ATTENTION:
             raise UnifyError("a matched transformer", "its state grows with the sequence", "use match='none'")
+        check_steps(self)
 
     @property
     def key(self) -> str:
         """Names the run in a record: equal runs have equal keys."""
         return repr(self)
 
-    @property
-    def steps(self) -> int:
-        """Optimizer steps, if it is not solved before."""
-        return self.epochs * (self.sequences // self.batch)
+    def __str__(self):
+        match = "" if self.match == "none" else f", equal {self.match}"
+        return f"{self.model} {self.task} lr {self.lr:g} seed {self.seed}{match}"
+
+
+def check_steps(run: Any) -> None:
+    """Raise UnifyError where the numbers of steps and sequences make no training."""
+    if not 1 <= run.batch <= run.sequences or run.steps < 1 or run.evaluate_every < 1:
+        given = f"batch={run.batch}, sequences={run.sequences}, steps={run.steps}, evaluate_every={run.evaluate_every}"
+        raise UnifyError(given, "they make no training", "at least one step, and a batch within the sequences")
 
 
 def config(run: Run):
@@ -124,22 +134,59 @@ def small_decays(model) -> None:
                 module.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
 
 
+class Data(NamedTuple):
+    """Sequences with what is asked of them: inputs [n, T]; places of the queries and their answers, [n, keys]; all int16."""
+
+    inputs: Tensor
+    places: Tensor
+    answers: Tensor
+
+    def take(self, rows: Tensor | slice) -> Data:
+        """Some of the sequences, as int64. Every row has as many queries, so that no GPU is waited for."""
+        return Data(*(x[rows].long() for x in self))
+
+
+def asked(inputs: Tensor, targets: Tensor) -> Data:
+    """The queries of what `Task.make` returns."""
+    places = (targets != IGNORED).nonzero()[:, 1].view(len(targets), -1)
+    return Data(inputs, places.to(inputs.dtype), targets.gather(1, places))
+
+
+@lru_cache(2)  # runs of one seed follow each other in a sweep
+def data(task: Task, count: int, seed: int, split: int, device: str) -> Data:
+    """Sequences of a task on a device."""
+    return Data(*(x.to(device) for x in asked(*task.make(count, seed, split))))
+
+
+Answer = Callable[[Tensor, Tensor], Tensor]  # inputs [b, T], places [b, keys] -> logits [b, keys, vocab]
+
+
+def answering(model) -> Answer:
+    """Logits of a causal language model at the queries alone."""
+
+    def answer(inputs: Tensor, places: Tensor) -> Tensor:
+        hidden = model.base_model(inputs, use_cache=False).last_hidden_state
+        return model.lm_head(hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1])))
+
+    return answer
+
+
 @torch.no_grad()
-def accuracy(model, inputs: Tensor, targets: Tensor, batch: int) -> float:
+def accuracy(answer: Answer, tests: Data, batch: int) -> float:
     """Share of queries answered right: the most probable token is the value."""
-    right = asked = 0
-    for x, y in zip(inputs.split(batch), targets.split(batch), strict=True):
-        wanted = y != IGNORED
-        answer = _logits(model, x, wanted).argmax(-1)
-        right += (answer == y[wanted]).sum().item()
-        asked += wanted.sum().item()
-    return right / asked
+    right = torch.zeros((), dtype=torch.int64, device=tests.inputs.device)
+    for start in range(0, len(tests.inputs), batch):
+        some = tests.take(slice(start, start + batch))
+        right += (answer(some.inputs, some.places).argmax(-1) == some.answers).sum()
+    return right.item() / tests.answers.numel()
 
 
-def _logits(model, inputs: Tensor, where: Tensor) -> Tensor:
-    """[n, vocab] at the queries alone."""
-    hidden = model.model(inputs.long(), use_cache=False).last_hidden_state
-    return model.lm_head(hidden[where]).float()
+def batches(sequences: int, batch: int, seed: int, device: str) -> Iterator[Tensor]:
+    """Rows of one batch after another, without end, in a new order each epoch; a rest that fills no batch is left out."""
+    order = torch.Generator().manual_seed(seed)
+    while True:
+        shuffled = torch.randperm(sequences, generator=order).to(device)
+        yield from shuffled[: sequences // batch * batch].split(batch)
 
 
 def _groups(model) -> list[dict[str, Any]]:
@@ -147,6 +194,50 @@ def _groups(model) -> list[dict[str, Any]]:
     free = [p for p in model.parameters() if getattr(p, "_no_weight_decay", False)]
     rest = [p for p in model.parameters() if not getattr(p, "_no_weight_decay", False)]
     return [{"params": rest}, {"params": free, "weight_decay": 0.0}]
+
+
+def fit(
+    answer: Answer,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    train: Data,
+    tests: Data,
+    run: Any,
+    progress: Callable[[int, float, float], None],
+    *,
+    prepare: Callable[[int], None] = lambda step: None,
+    solved: float = SOLVED,
+) -> list[list[float]]:
+    """Optimize run.steps steps, or until the accuracy is above `solved`; [[step, mean loss since the last, accuracy], ...].
+
+    answer: see `Answer`. run: its batch, seed, steps and evaluate_every are used. prepare: called before each step, from 1.
+    bfloat16 on a GPU, weights in float32; the host waits for the GPU at evaluations alone.
+    """
+    device, curve = train.inputs.device.type, []
+    rows = batches(len(train.inputs), run.batch, run.seed, device)
+    cast = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+    total, since = torch.zeros((), device=device), 0
+    for step in range(1, run.steps + 1):
+        prepare(step)
+        some = train.take(next(rows))
+        with cast:
+            logits = answer(some.inputs, some.places)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), some.answers.flatten())
+        del logits
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        total, since = total + loss.detach(), since + 1
+        if step % run.evaluate_every and step < run.steps:
+            continue
+        with cast:
+            curve.append([step, total.item() / since, accuracy(answer, tests, run.batch)])
+        progress(*curve[-1])
+        if curve[-1][2] > solved:
+            break
+        total, since = torch.zeros((), device=device), 0
+    return curve
 
 
 def train(
@@ -159,51 +250,45 @@ def train(
 ) -> dict[str, Any]:
     """Train once and measure; the record of a run, ready for JSON.
 
-    AdamW (weight decay 0.1), cosine to 0 over all epochs, one step of it an epoch; bfloat16 on a GPU, weights in float32.
-    Stops after an epoch with an accuracy above 0.99. also: tasks that are measured afterwards, without training on them.
-    Returns the run, its cost, its accuracy after the last epoch, {task: accuracy} of `also`, the curve, seconds.
+    AdamW (weight decay 0.1), cosine to 0 over run.steps, one step of it a step (the paper's authors take one an epoch, 60 in
+    all, which is nearly the same). Stops after an evaluation with an accuracy above 0.99. also: tasks that are measured
+    afterwards, without training on them. Returns the run, its cost, its last accuracy, {task: accuracy} of `also`, the
+    curve, and how long it took where.
     """
     from unify.models import UnifyForCausalLM
 
+    began = time.time()
     torch.manual_seed(run.seed)
     model = UnifyForCausalLM(config(run)).to(device)
     small_decays(model)
-    inputs, targets = (x.to(device) for x in run.task.make(run.sequences, run.seed))
-    tests = [x.to(device) for x in run.task.make(run.tests, run.seed, split=1)]
+    sets = [data(run.task, n, run.seed, split, device) for split, n in enumerate((run.sequences, run.tests))]
     optimizer = torch.optim.AdamW(_groups(model), lr=run.lr, weight_decay=0.1, fused=device == "cuda")
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, run.epochs)
-    forward = torch.compile(_logits) if compiled else _logits
-    cast = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
-    order, curve, start = torch.Generator().manual_seed(run.seed), [], time.perf_counter()
-    for epoch in range(run.epochs):
-        total = torch.zeros((), device=device)
-        shuffled = torch.randperm(run.sequences, generator=order).to(device)
-        batches = shuffled[: run.sequences // run.batch * run.batch].split(run.batch)
-        for rows in batches:
-            x, y = inputs[rows], targets[rows].long()
-            where = y != IGNORED
-            with cast:
-                logits = forward(model, x, where)
-            loss = torch.nn.functional.cross_entropy(logits, y[where])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            total += loss.detach()
-        schedule.step()
-        with cast:
-            curve.append([(epoch + 1) * len(batches), total.item() / len(batches), accuracy(model, *tests, run.batch)])
-        progress(*curve[-1])
-        if curve[-1][2] > SOLVED:
-            break
-    seconds = time.perf_counter() - start
-    with cast:
-        others = {
-            str(t): accuracy(model, *(x.to(device) for x in t.make(run.tests, run.seed, 1)), run.batch) for t in also
-        }
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, run.steps)
+    answer = torch.compile(answering(model)) if compiled else answering(model)
+    curve = fit(answer, optimizer, schedule, *sets, run, progress)
+    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        others = {str(t): read(answer, run, t, device) for t in also}
     return {"run": asdict(run), "key": run.key, **cost(config(run)), "accuracy": curve[-1][2], "others": others,
-            "curve": curve, "seconds": seconds, "on": _machine(device)}  # fmt: skip
+            "curve": curve, **spent(began, device)}  # fmt: skip
 
 
-def _machine(device: str) -> str:
-    name = torch.cuda.get_device_name() if device == "cuda" else "a CPU"
-    return f"{name}, torch {torch.__version__}"
+def read(answer: Answer, run: Run, task: Task, device: str) -> float:
+    """Accuracy on the test sequences of a task that was not trained on, as many tokens at a time as in training."""
+    tests = data.__wrapped__(task, run.tests, run.seed, 1, device)
+    return accuracy(answer, tests, max(1, run.batch * run.task.length // task.length))
+
+
+def spent(began: float, device: str) -> dict[str, Any]:
+    """When a run began and ended (seconds since 1970), how long it took, on what, with which versions."""
+    from importlib.metadata import version
+
+    ended = time.time()
+    name = torch.cuda.get_device_name() if device == "cuda" else f"a CPU ({platform.machine()})"
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+    }
+    if device == "cuda":
+        versions["triton"] = version("triton")
+    return {"seconds": ended - began, "began": began, "ended": ended, "device": name, "versions": versions}

@@ -6,17 +6,26 @@ import json
 import multiprocessing
 import os
 import time
+import traceback
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
+from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any
 
 from unify.errors import UnifyError
 
-from .run import Run, train
+from .run import ATTENTION, Run, train
 from .task import Task
 
-Say = Callable[[str, dict[str, Any]], None]  # a run's key, and what is new of it: phase, step, loss, accuracy, why
+Say = Callable[
+    [str, dict[str, Any]], None
+]  # a run's key, and what is new of it: phase, step, loss, accuracy, why, trace
+Train = Callable[..., dict[str, Any]]
+Work = Callable[[Run, Say], dict[str, Any]]
 
 
 def load(path: Path) -> list[dict[str, Any]]:
@@ -49,60 +58,70 @@ def add(path: Path, record: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def _work(run: Run, device: str, compiled: bool, also: tuple[Task, ...], tell: Say) -> dict[str, Any]:
-    """Train, telling of every epoch."""
+@dataclass(frozen=True)
+class Limits:
+    """Minutes from the start of a sweep: no run begins after `begin`, and what still runs after `end` is ended and lost."""
 
-    def progress(step: int, loss: float, accuracy: float) -> None:
-        tell(run.key, {"phase": "running", "step": step, "loss": loss, "accuracy": accuracy})
+    begin: float = inf
+    end: float = inf
+    start: float = field(default_factory=time.monotonic)
 
-    tell(run.key, {"phase": "running"})
-    return train(run, device, compiled=compiled, also=also, progress=progress)
-
-
-def _work_apart(run: Run, device: str, compiled: bool, also: tuple[Task, ...], queue) -> dict[str, Any]:
-    """`_work` in a process of its own, which shares the cores with others."""
-    import torch
-
-    torch.set_num_threads(1)
-    return _work(run, device, compiled, also, lambda key, news: queue.put((key, news)))
+    def over(self, which: str) -> bool:
+        """Whether "begin" or "end" is past."""
+        return time.monotonic() - self.start >= 60 * getattr(self, which)
 
 
 def sweep(
     runs: Iterable[Run],
     path: Path,
     *,
+    train: Train = train,
     device: str = "cpu",
     jobs: int = 1,
-    compiled: bool = False,
-    also: tuple[Task, ...] = (),
+    limits: Limits | None = None,
     say: Say = lambda key, news: None,
+    **options: Any,
 ) -> list[dict[str, Any]]:
     """Train what the file at path does not hold yet, `jobs` at a time on one device; returns the records of all runs.
 
-    Each finished run is appended at once, so that an interrupted sweep goes on where it was. A run that fails is said
-    (phase "failed") and costs no other; it is tried again the next time.
+    Runs begin in the order given, each finished one is appended at once, so that an interrupted sweep goes on where it was
+    and what is there is balanced. A run that fails is said (phase "failed") and costs no other; it is tried again the next
+    time. train: makes the record of a run, `run.train` or `transform.transform`; options: of it.
     """
-    runs = list(dict.fromkeys(runs))
+    runs, limits = list(dict.fromkeys(runs)), limits or Limits()
     done = {record["key"]: record for record in load(path)}
     waiting = [run for run in runs if run.key not in done]
     jobs = min(jobs, len(waiting))
     for run in runs:
         say(run.key, {"phase": "done", **done[run.key]} if run.key in done else {"phase": "waiting"})
-    for run, record in _finished(waiting, device, jobs, compiled, also, say):
+    work = partial(_work, train, device, options)
+    apart = jobs > 1 or limits.end < inf
+    finished = _finished_apart(waiting, work, jobs, limits, say) if apart else _finished(waiting, work, limits, say)
+    for run, record in finished:
+        record["jobs"] = jobs
         add(path, record)
         done[run.key] = record
         say(run.key, {"phase": "done", **record})
     return [done[run.key] for run in runs if run.key in done]
 
 
-def _finished(waiting: list[Run], device: str, jobs: int, compiled: bool, also: tuple, say: Say) -> Iterator[tuple]:
-    """Runs with their records, as they finish; one job stays in this process."""
-    if jobs > 1:
-        yield from _finished_apart(waiting, device, jobs, compiled, also, say)
-        return
+def _work(train: Train, device: str, options: dict[str, Any], run: Run, say: Say) -> dict[str, Any]:
+    """Train, telling of every evaluation."""
+
+    def progress(step: int, loss: float, accuracy: float) -> None:
+        say(run.key, {"phase": "running", "step": step, "loss": loss, "accuracy": accuracy})
+
+    say(run.key, {"phase": "running"})
+    return train(run, device, progress=progress, **options)
+
+
+def _finished(waiting: list[Run], work: Work, limits: Limits, say: Say) -> Iterator[tuple[Run, dict]]:
+    """Runs with their records, one after the other in this process."""
     for run in waiting:
+        if limits.over("begin"):
+            return
         try:
-            record = _work(run, device, compiled, also, say)
+            record = work(run, say)
         except Exception as error:
             say(run.key, _failed(error))
         else:
@@ -110,40 +129,83 @@ def _finished(waiting: list[Run], device: str, jobs: int, compiled: bool, also: 
 
 
 def _failed(error: BaseException) -> dict[str, str]:
-    return {"phase": "failed", "why": f"{type(error).__name__}: {error}"}
+    trace = "".join(traceback.format_exception(error))
+    return {"phase": "failed", "why": f"{type(error).__name__}: {error}", "trace": trace}
+
+
+_news: Any = None  # in a process of its own: where what it says goes
+
+
+def _begin(news: Any) -> None:
+    """A process that shares the cores with others, and keeps torch and its kernels from one run to the next."""
+    import torch
+
+    global _news
+    _news = news
+    torch.set_num_threads(1)
+
+
+def _work_apart(work: Work, run: Run) -> dict[str, Any]:
+    return work(run, lambda *said: _news.put(said))
 
 
 def _finished_apart(
-    waiting: list[Run], device: str, jobs: int, compiled: bool, also: tuple, say: Say
-) -> Iterator[tuple]:
+    waiting: list[Run], work: Work, jobs: int, limits: Limits, say: Say
+) -> Iterator[tuple[Run, dict[str, Any]]]:
+    """As `_finished`, in lanes: pools of one process, so that one whose run fails (a GPU's errors stay) is made anew."""
     context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager, ProcessPoolExecutor(jobs, context) as pool:
-        queue = manager.Queue()
-        work: dict[Future, Run] = {pool.submit(_work_apart, r, device, compiled, also, queue): r for r in waiting}
-        try:
-            while work:
-                finished, _ = wait(work, timeout=0.2, return_when=FIRST_COMPLETED)
-                while not queue.empty():
-                    say(*queue.get())
-                for future in finished:
-                    run = work.pop(future)
-                    if future.exception() is None:
-                        yield run, future.result()
-                    else:
-                        say(run.key, _failed(future.exception()))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
-                process.terminate()
-            raise
+    news, queue, working = context.SimpleQueue(), deque(waiting), {}
+
+    def lane() -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(1, context, _begin, (news,))
+
+    def begin(pool: ProcessPoolExecutor) -> None:
+        if queue and not limits.over("begin"):
+            run = queue.popleft()
+            working[pool.submit(_work_apart, work, run)] = run, pool
+        else:
+            pool.shutdown(wait=False)
+
+    try:
+        for _ in range(jobs):
+            begin(lane())
+        while working:
+            finished, _ = wait(working, timeout=0.2, return_when=FIRST_COMPLETED)
+            while not news.empty():
+                say(*news.get())
+            for future in finished:
+                run, pool = working.pop(future)
+                if future.exception() is None:
+                    begin(pool)
+                    yield run, future.result()
+                else:
+                    pool.shutdown(wait=False)
+                    say(run.key, _failed(future.exception()))
+                    begin(lane())
+            if limits.over("end"):
+                for run, _ in working.values():
+                    say(run.key, {"phase": "failed", "why": f"not finished after {limits.end:g} minutes"})
+                return
+    finally:
+        for process in multiprocessing.active_children() if working else ():
+            process.terminate()
 
 
 def grid(
-    models: Iterable[str], tasks: Iterable[Task], lrs: Iterable[float], seeds: Iterable[int], **more: Any
+    models: Iterable[str],
+    tasks: Iterable[Task],
+    lrs: Iterable[float],
+    seeds: Iterable[int],
+    matches: Iterable[str] = ("none",),
+    **more: Any,
 ) -> list[Run]:
-    """Every combination, a seed of every model before the next seed."""
-    tasks, lrs, models = list(tasks), list(lrs), list(models)
-    return [Run(m, t, lr, seed, **more) for seed in seeds for t in tasks for lr in lrs for m in models]
+    """Every combination, a seed of every model before the next seed; a transformer is matched to nothing."""
+    tasks, lrs, models, matches = list(tasks), list(lrs), list(models), list(matches)
+    return [
+        Run(m, t, lr, seed, match, **more)
+        for seed in seeds for t in tasks for match in matches for lr in lrs for m in models
+        if m != ATTENTION or match == "none"
+    ]  # fmt: skip
 
 
 def elapsed(start: float) -> str:

@@ -102,7 +102,12 @@ class Task:
 
 
 def _distinct(rng: np.random.Generator, among: int, count: int) -> np.ndarray:
-    """[CHUNK, count] of range(among), without repetition in a row, in any order."""
-    drawn = rng.random((CHUNK, among), np.float32)
-    chosen = np.argpartition(drawn, count - 1, axis=1)[:, :count] if count < among else np.argsort(drawn, axis=1)
-    return rng.permuted(chosen, axis=1).astype(np.int16)
+    """[CHUNK, count] of range(among), without repetition in a row, in any order: the start of Fisher and Yates's shuffle."""
+    pool = np.tile(np.arange(among, dtype=np.int16), CHUNK)
+    first, n = among * np.arange(CHUNK), np.arange(count)[:, None]
+    partner = first + n + (rng.random((count, CHUNK)) * (among - n)).astype(np.int64)
+    drawn = np.empty((count, CHUNK), np.int16)
+    for place in range(count):
+        drawn[place] = pool[partner[place]]
+        pool[partner[place]] = pool[first + place]
+    return drawn.T

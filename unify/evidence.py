@@ -1,0 +1,134 @@
+"""The page of results: every figure, table and sentence follows from lines of JSON that are committed beside the code.
+
+    unify evidence benchmarks -o evidence       # benchmarks/*.jsonl -> evidence/README.md and its figures
+
+A section is a function of records and the folder for its figures that returns Markdown. A new kind of run is a new line in
+`SECTIONS`: the files it is made from, and the function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from .errors import UnifyError
+
+Records = list[dict[str, Any]]
+HEAD = """# What was measured
+
+Every figure, table and sentence below is written by `unify evidence {records} -o {folder}` from the lines of JSON in
+`{records}`, one for each training run; none of it is typed by hand. A ± is the standard deviation over seeds, a bar or an
+error bar goes from the least to the largest seed. "Above in 2 of 3 seeds" counts seeds, which share data and order, one by one.
+Minutes are those in which one of the runs shown was under way, kernels compiled on the way included; the start of processes and
+runs that were ended before they had a result are not in them.
+"""
+
+
+def recall(records: Records, folder: Path) -> str:
+    """Models beside each other on multi-query associative recall."""
+    from .mqar.figures import draw
+    from .mqar.report import comparisons, markdown, minutes, open_questions, standings
+
+    found = standings(records)
+    captions = {
+        "mqar": "Accuracy against the length trained on, the state, the parameters and the flops of a token.",
+        "mqar_curves": "Accuracy while training, at each model's best rate; a thin line a seed.",
+        "mqar_longer": "Accuracy on sequences longer than those trained on.",
+        "mqar_overwritten": "Accuracy where keys are bound a second time, and the later value is asked for.",
+    }
+    pictures = [
+        f"![{captions[title]}]({files[0].name})\n\n{captions[title]} {minutes(_of(title, found))}"
+        for title, files in draw(found, folder, ("png",)).items()
+    ]
+    said = comparisons(found)
+    return "\n\n".join([
+        "## Multi-query associative recall", _set_up(found), *pictures, "### In numbers", markdown(found), "### What was found",
+        _bullets(text for text, _, _ in said), "### What was not", _bullets(open_questions(found, said)),
+    ])  # fmt: skip
+
+
+def _of(title: str, found: list) -> Records:
+    """The records of the runs that a figure shows."""
+    from .mqar.figures import shows
+
+    return [r for s in found if shows(title, found, s) for r in s.records]
+
+
+def _set_up(found: list) -> str:
+    """The sizes that the runs share or do not, and which of them are not the paper's."""
+    from dataclasses import asdict
+
+    from .mqar.run import Run
+
+    sizes = [dict(s.sizes) for s in found]
+    each = lambda key: " or ".join(f"{x:,}" for x in sorted({s[key] for s in sizes}))  # noqa: E731
+    used = [{**s, "vocab": f.task.vocab, "power": f.task.power} for s, f in zip(sizes, found, strict=True)]
+    paper = asdict(Run("mamba2"))
+    paper |= paper.pop("task")
+    other = [x.replace("_", " ") for x in used[0] if {u[x] for u in used} != {paper[x]}]
+    vocab = " or ".join(f"{x:,}" for x in sorted({s.task.vocab for s in found}))
+    return (
+        f"A vocabulary of {vocab}; {each('layers')} layers without an MLP, width {each('d_model')}, {each('heads')} heads with "
+        f"{each('head_dim')} key and (where nothing is matched) {each('expand_v')} times as many value channels; "
+        f"{each('steps')} steps of {each('batch')} sequences from {each('sequences')}, a cosine to 0, accuracy on "
+        f"{each('tests')} others. The learning rate is the best of those tried by the mean of this accuracy. The numbers of "
+        f"Palimpsa's authors (arXiv 2602.09075) are others for: {', '.join(other) or 'none of these'}."
+    )
+
+
+def transformation(records: Records, folder: Path) -> str:
+    """Hosts made metaplastic at a load they cannot hold."""
+    from .mqar.figures import changes_figure, save
+    from .mqar.report import changed, changes, minutes
+
+    found = changes(records)
+    table, said, left = changed(found)
+    (file,) = save(changes_figure(found), folder, "transformation")
+    caption = "Accuracy before converting (grey) and in each branch; right, what each branch gained."
+    about = (
+        "transformers' own models, trained on associative recall, made metaplastic by `unify.metaplastic`, trained on. All "
+        "branches part from the same weights and have the same tokens in the same order and the same schedule; the unconverted "
+        "one is the converted model with its importance held at zero, where it is the host."
+    )
+    return "\n\n".join([
+        "## Made metaplastic", about, f"![{caption}]({file.name})\n\n{caption} {minutes(records)}", "### In numbers", table,
+        "### What was found", _bullets(said), "### What was not", _bullets(left),
+    ])  # fmt: skip
+
+
+def language(records: Records, folder: Path) -> str:
+    """Language models over bytes."""
+    from .bytes.report import section
+
+    return section(records, folder).rstrip()
+
+
+def _bullets(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines) or "Nothing to list."
+
+
+# the files of a section's records, and what writes it
+SECTIONS: tuple[tuple[str, Callable[[Records, Path], str]], ...] = (
+    ("mqar*.jsonl", recall),
+    ("transform*.jsonl", transformation),
+    ("bytes*.jsonl", language),
+)
+
+
+def write(records: Path, folder: Path) -> Path:
+    """Write the page of what the folder `records` holds; returns it. Raises UnifyError where that is nothing."""
+    from .mqar.sweep import load
+
+    parts = []
+    for pattern, section in SECTIONS:
+        found = [record for file in sorted(records.glob(pattern)) for record in load(file)]
+        if found:
+            parts.append(section(found, folder))
+    if not parts:
+        names = ", ".join(pattern for pattern, _ in SECTIONS)
+        raise UnifyError(str(records), "it holds no records of runs", f"a folder with one of {names}")
+    page = folder / "README.md"
+    head = HEAD.format(records=records.name, folder=folder.name)
+    page.write_text("\n\n".join([head.rstrip(), *parts]) + "\n", encoding="utf-8")
+    return page

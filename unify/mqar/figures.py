@@ -1,0 +1,250 @@
+"""Pictures of the standings: accuracy against each cost, learning curves, longer sequences, overwritten keys, transformations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import mean
+
+from unify.draw import PALETTE
+
+from .report import Change, Standing, name
+from .task import Task
+
+
+def draw(found: list[Standing], folder: Path, suffixes: tuple[str, ...] = ("svg", "png")) -> dict[str, list[Path]]:
+    """Every plot that there is something for; its title -> its files.
+
+    mqar: accuracy against length, state, parameters and flops. mqar_curves: learning curves. mqar_longer: accuracy at lengths
+    that were not trained on. mqar_overwritten: accuracy where keys are bound twice.
+    """
+    made = {"mqar": _against(found), "mqar_curves": _curves(found)}
+    if any(_longer(s) for s in _unmatched(found)):
+        made["mqar_longer"] = _extrapolation(found)
+    if any(_overwritten(found, s) for s in _unmatched(found)):
+        made["mqar_overwritten"] = _overwrites(found)
+    return {title: save(figure, folder, title, suffixes) for title, figure in made.items()}
+
+
+def shows(title: str, found: list[Standing], standing: Standing) -> bool:
+    """Whether a plot of `draw` has something of a standing."""
+    if title == "mqar":
+        return True
+    if standing not in _unmatched(found):
+        return False
+    if title == "mqar_longer":
+        return bool(_longer(standing))
+    if title == "mqar_overwritten":
+        key = lambda s: (s.model, s.match, s.steps, s.task.length, s.task.pairs)  # noqa: E731
+        return any(_overwritten(found, s) for s in found if key(s) == key(standing))
+    return True
+
+
+def save(figure, folder: Path, title: str, suffixes: tuple[str, ...] = ("png",)) -> list[Path]:
+    """Write a figure; returns its files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{title}.{suffix}" for suffix in suffixes]
+    for file in files:
+        figure.savefig(file, dpi=110)
+    return files
+
+
+def _styles(found: list[Standing]) -> dict[tuple[str, str], dict]:
+    """A colour for each model, a marker for each way of matching."""
+    models = list(dict.fromkeys(s.model for s in found))
+    markers = {"none": "o", "state": "s", "parameters": "^"}
+    first, again = {"ls": "-"}, {"ls": "--", "markerfacecolor": "white"}
+    colour = lambda n: {"color": PALETTE[n % len(PALETTE)], **(first if n < len(PALETTE) else again)}  # noqa: E731
+    return {(s.model, s.match): {**colour(models.index(s.model)), "marker": markers[s.match]} for s in found}
+
+
+def _figure(columns: int, title: str):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(max(7.5, 4.2 * columns), 4.8), layout="constrained")
+    figure.suptitle(title, fontsize=13)
+    axes = figure.subplots(1, columns, squeeze=False)[0]
+    for axis in axes:
+        axis.grid(color="0.92")
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_ylim(-0.02, 1.02)
+    axes[0].set_ylabel("accuracy")
+    return figure, axes
+
+
+def _against(found: list[Standing]):
+    """Accuracy against length, and against each cost on the task that most models were trained on."""
+    what = {"state": "state, bytes", "parameters": "parameters", "flops": "flops a token"}
+    tasks = [(s.task, s.steps) for s in found]
+    most = max(dict.fromkeys(tasks), key=tasks.count)
+    figure, axes = _figure(1 + len(what), "Multi-query associative recall")
+    styles = _styles(found)
+    panels = [("length", "tokens", [s for s in _unmatched(found) if not s.task.overwrites])]
+    panels += [
+        (x, f"{title}; {_titled(*most)}", [s for s in found if (s.task, s.steps) == most]) for x, title in what.items()
+    ]
+    for axis, (x, title, shown) in zip(axes, panels, strict=True):
+        for key in dict.fromkeys((s.model, s.match, s.steps) for s in shown):
+            mine = sorted((s for s in shown if (s.model, s.match, s.steps) == key), key=lambda s: _at(s, x))
+            at, means = [_at(s, x) for s in mine], [s.mean for s in mine]
+            low, high = ([abs(s.mean - end(s.accuracies)) for s in mine] for end in (min, max))
+            axis.errorbar(at, means, [low, high], label=name(key[0]), capsize=3, **styles[key[:2]])
+        axis.set_xlabel(title)
+        (_lengths if x == "length" else _ticks)(axis, sorted({_at(s, x) for s in shown}))
+    axes[0].set_ylabel("accuracy (mean, least to largest over seeds)", fontsize=9)
+    if {s.match for s in found} - {"none"}:
+        axes[1].set_title("square: equal state; triangle: equal parameters", fontsize=9)
+    _legend(figure, axes)
+    return figure
+
+
+def _unmatched(found: list[Standing]) -> list[Standing]:
+    """Those that are matched to nothing, or all where every one is."""
+    return [s for s in found if s.match == "none"] or found
+
+
+def _titled(task: Task, steps: int) -> str:
+    over = f", {task.overwrites} bound twice" if task.overwrites else ""
+    return f"{task.length} tokens, {task.pairs} pairs{over}, {steps:,} steps"
+
+
+def _lengths(axis, at: list[int]) -> None:
+    """A tick at each length, where they lie apart as their logarithms."""
+    axis.set_xscale("log")
+    axis.set_xticks(at, [f"{n:,}" for n in at])
+    axis.minorticks_off()
+    axis.set_xlim(at[0] / 1.15, at[-1] * 1.15)
+
+
+def _ticks(axis, at: list[int]) -> None:
+    """Few ticks, in thousands and millions; logarithmic where the numbers are far apart."""
+    from matplotlib.ticker import EngFormatter, FixedLocator, MaxNLocator, NullLocator
+
+    if at[-1] > 4 * at[0]:
+        axis.set_xscale("log")
+        few = at[:1]
+        for x in at:
+            few += [x] if x >= 2 * few[-1] else []
+        axis.xaxis.set_major_locator(FixedLocator(few))
+        axis.xaxis.set_minor_locator(NullLocator())
+    else:
+        axis.xaxis.set_major_locator(MaxNLocator(4))
+    axis.xaxis.set_major_formatter(EngFormatter(places=None if at[-1] < 4 * at[0] else 0, sep=""))
+
+
+def _at(standing: Standing, x: str) -> int:
+    return standing.task.length if x == "length" else getattr(standing, x)
+
+
+def _curves(found: list[Standing]):
+    """Accuracy against steps, a panel a task, a thin line a seed."""
+    shown = _unmatched(found)
+    groups = list(dict.fromkeys((s.task, s.steps) for s in shown))
+    figure, axes = _figure(len(groups), "Learning curves at each model's best rate")
+    styles = _styles(found)
+    for axis, group in zip(axes, groups, strict=True):
+        for s in (s for s in shown if (s.task, s.steps) == group):
+            style = {**styles[s.model, s.match], "marker": None}
+            for curve in s.curves:
+                steps, _, accuracies = zip(*curve, strict=True)
+                axis.plot(steps, accuracies, lw=1.2, alpha=0.8, label=name(s.model), **style)
+        axis.set_xlabel("steps")
+        axis.set_title(_titled(*group), fontsize=10)
+    _legend(figure, axes)
+    return figure
+
+
+def _longer(standing: Standing) -> dict[int, tuple[float, ...]]:
+    """Length -> accuracies, of tasks without overwrites that are longer than the one trained on; it with them."""
+    read = {Task.parse(t): a for t, a in standing.others.items()}
+    found = {t.length: a for t, a in read.items() if t.length > standing.task.length and not t.overwrites}
+    return {standing.task.length: standing.accuracies, **found} if found and not standing.task.overwrites else {}
+
+
+def _extrapolation(found: list[Standing]):
+    """Accuracy against the length of the sequences read, a panel for each task trained on."""
+    shown = [s for s in _unmatched(found) if _longer(s)]
+    groups = list(dict.fromkeys((s.task, s.steps) for s in shown))
+    figure, axes = _figure(len(groups), "Longer than in training")
+    styles = _styles(found)
+    for axis, group in zip(axes, groups, strict=True):
+        for s in (s for s in shown if (s.task, s.steps) == group):
+            lengths, values = zip(*sorted(_longer(s).items()), strict=True)
+            ends = [[abs(mean(v) - end(v)) for v in values] for end in (min, max)]
+            axis.errorbar(
+                lengths, [mean(v) for v in values], ends, label=name(s.model), capsize=3, **styles[s.model, s.match]
+            )
+        axis.set_xlabel("tokens read")
+        axis.set_title(f"trained on {_titled(*group)}", fontsize=10)
+        _lengths(axis, sorted({n for s in shown for n in _longer(s)}))
+    _legend(figure, axes)
+    return figure
+
+
+def _overwritten(found: list[Standing], standing: Standing) -> dict[str, tuple[float, ...]]:
+    """What is said of keys bound twice -> accuracies: read after training on keys bound once, and trained on."""
+    if standing.task.overwrites:
+        return {}
+    same = lambda t: (t.length, t.pairs) == (standing.task.length, standing.task.pairs) and t.overwrites  # noqa: E731
+    out = {
+        f"trained with none, read with {Task.parse(t).overwrites}": a
+        for t, a in standing.others.items()
+        if same(Task.parse(t))
+    }
+    key = (standing.model, standing.match, standing.steps)
+    trained = [s for s in found if same(s.task) and (s.model, s.match, s.steps) == key]
+    out |= {f"trained and read with {s.task.overwrites}": s.accuracies for s in trained}
+    return {"trained and read with none": standing.accuracies, **out} if out else {}
+
+
+def _overwrites(found: list[Standing]):
+    """Bars for each model: keys bound once and twice, as trained and as read."""
+    shown = [(s, _overwritten(found, s)) for s in _unmatched(found) if _overwritten(found, s)]
+    groups = list(dict.fromkeys((s.task, s.steps) for s, _ in shown))
+    figure, axes = _figure(len(groups), "Keys bound twice: the later value counts")
+    figure.set_size_inches(max(9.0, 7.0 * len(groups)), 5.2)
+    for axis, group in zip(axes, groups, strict=True):
+        bars = [(s, said) for s, said in shown if (s.task, s.steps) == group]
+        names = list(dict.fromkeys(x for _, said in bars for x in said))
+        for n, title in enumerate(names):
+            at = [m + 0.27 * (n - (len(names) - 1) / 2) for m, (_, said) in enumerate(bars) if title in said]
+            values = [said[title] for _, said in bars if title in said]
+            ends = [[abs(mean(v) - end(v)) for v in values] for end in (min, max)]
+            axis.bar(
+                at, [mean(v) for v in values], 0.25, yerr=ends, capsize=2, label=title, color=PALETTE[n % len(PALETTE)]
+            )
+        axis.set_title(_titled(*group), fontsize=10)
+        axis.set_xticks(range(len(bars)), [name(s.model) for s, _ in bars], rotation=40, ha="right")
+    _legend(figure, axes)
+    return figure
+
+
+def changes_figure(found: list[Change]):
+    """For each host its accuracy while training, before and in every branch, a thin line a seed; and what each branch gained."""
+    figure, axes = _figure(2 * len(found), "Made metaplastic at a load it cannot hold")
+    for (rise, gain), c in zip(zip(axes[::2], axes[1::2], strict=True), found, strict=True):
+        colours = dict(zip(c.after, PALETTE, strict=False))
+        for n, record in enumerate(c.records):
+            steps, _, accuracies = zip(*record["curve"], strict=True)
+            rise.plot(steps, accuracies, color="0.45", lw=1.2)
+            for branch, colour in colours.items():
+                then = record["branches"][branch]["curve"]
+                x, y = [steps[-1], *(steps[-1] + s for s, _, _ in then)], [record["accuracy"], *(a for _, _, a in then)]
+                rise.plot(x, y, color=colour, lw=1.2, label=None if n else branch)
+        rise.axvline(steps[-1], color="0.45", lw=1, ls=":")
+        rise.set(title=f"{c.label}, {c.task.length} tokens, {c.task.pairs} pairs", xlabel="steps", ylabel="accuracy")
+        for n, (branch, colour) in enumerate(colours.items()):
+            values = tuple(c.gained(branch).values())
+            gain.bar([n], [mean(values)], 0.7, color=colour)
+            gain.plot([n] * len(values), values, ls="", marker="o", ms=4, color="0.2")
+        gain.axhline(0, color="0.45", lw=1)
+        gain.set(ylim=(None, None), xticks=[], title="after less before; a dot a seed", ylabel="accuracy gained")
+        gain.autoscale(axis="y")
+    _legend(figure, axes)
+    return figure
+
+
+def _legend(figure, axes) -> None:
+    """One for all panels, below them."""
+    handles = {text: line for axis in axes for line, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
