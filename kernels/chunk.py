@@ -253,6 +253,22 @@ def _scores(
 
 
 @triton.jit
+def deposit(
+    b, v, gain, G, start, end, c, h, H, K, V, k0, v0, REVERSE: tl.constexpr, GAIN: tl.constexpr, BEFORE: tl.constexpr,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BX: tl.constexpr, DT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """c b^T v, what a chunk adds to the state at its end or, in REVERSE, to the adjoint at its start; see `_walk`."""
+    keys, values = load(b, start, end, h, H, K, k0, C, BK), load(v, start, end, h, H, V, v0, C, BV)
+    if BX == 1:
+        share = near(G, start, end, h, H, BEFORE, C, ACC) if REVERSE else far(G, start, end, h, H, C, ACC)
+        if GAIN:
+            share *= load(gain, start, end, h, H, 1, 0, C, 1).to(ACC)
+        return c * dot(tl.trans(keys), values * share, DT, ACC)
+    else:
+        return c * dot(tl.trans(keys), values, DT, ACC)
+
+
+@triton.jit
 def _walk(
     x, z, u, a, b, v, gain, G, s0, starts, last, offsets, c, H, K, V, X,
     REVERSE: tl.constexpr, RANK: tl.constexpr, ADDED: tl.constexpr, GAIN: tl.constexpr, BEFORE: tl.constexpr,
@@ -292,16 +308,100 @@ def _walk(
             change = dot(tl.trans(load(a, start, end, h, H, K, k0, C, BK)), unknown, DT, ACC)
             S = S - change if REVERSE else S + change
         if ADDED:
-            keys, values = load(b, start, end, h, H, K, k0, C, BK), load(v, start, end, h, H, V, v0, C, BV)
-            if BX == 1:
-                share = near(G, start, end, h, H, BEFORE, C, ACC) if REVERSE else far(G, start, end, h, H, C, ACC)
-                if GAIN:
-                    share *= load(gain, start, end, h, H, 1, 0, C, 1).to(ACC)
-                S += c * dot(tl.trans(keys), values * share, DT, ACC)
-            else:
-                S += c * dot(tl.trans(keys), values, DT, ACC)
+            S += deposit(
+                b, v, gain, G, start, end, c, h, H, K, V, k0, v0, REVERSE, GAIN, BEFORE, C, BK, BV, BX, DT, ACC
+            )
     target, inside = matrix_at(last, row, K, V, k0, v0, BK, BV)
     tl.store(target, S, mask=inside)
+
+
+@triton.jit
+def _deposits(
+    b, v, gain, G, starts, offsets, c, N, H, K, V,
+    REVERSE: tl.constexpr, GAIN: tl.constexpr, BEFORE: tl.constexpr,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BX: tl.constexpr, DT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """`deposit` of all chunks at once, where `_walk` keeps the states: for `_pass`."""
+    blocks = tl.cdiv(V, BV)
+    tiles = tl.cdiv(K, BK) * blocks
+    slot, tile, h = tl.program_id(0) // tiles, tl.program_id(0) % tiles, tl.program_id(1)
+    k0, v0 = tile // blocks * BK, tile % blocks * BV
+    start, end = locate(slot, offsets, N, C)
+    if start >= end:
+        return
+    D = deposit(b, v, gain, G, start, end, c, h, H, K, V, k0, v0, REVERSE, GAIN, BEFORE, C, BK, BV, BX, DT, ACC)
+    at, inside = matrix_at(starts, slot * H + h, K, V, k0, v0, BK, BV)
+    tl.store(at, D.to(starts.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _join(a1, x1, a2, x2):
+    return a1 * a2, a2 * x1 + x2
+
+
+@triton.jit
+def _places(order, chunks, first, h, H, e, K, V, REVERSE: tl.constexpr):
+    """Where the matrices of some chunks lie, in the order of the walk, and which there are; [STEP, BLOCK]."""
+    chunk = first + tl.minimum(chunks - 1 - order if REVERSE else order, chunks)
+    return ((chunk * H + h) * K * V)[:, None] + e[None, :], (order < chunks)[:, None] & (e < K * V)[None, :]
+
+
+@triton.jit
+def _some(
+    D,
+    G,
+    order,
+    chunks,
+    begin,
+    finish,
+    first,
+    h,
+    H,
+    e,
+    K,
+    V,
+    X,
+    REVERSE: tl.constexpr,
+    C: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Decays and deposits of some chunks, [STEP, BLOCK]; nothing past the last."""
+    at, live = _places(order, chunks, first, h, H, e, K, V, REVERSE)
+    chunk = chunks - 1 - order if REVERSE else order
+    end = tl.minimum(begin + (chunk + 1) * C, finish)
+    loss = tl.load(G + (((end - 1) * H + h) * X)[:, None] + (e // V % X)[None, :], mask=live, other=0.0)
+    return weight(loss, ACC), tl.load(D + at, mask=live, other=0.0).to(ACC)
+
+
+@triton.jit
+def _pass(
+    D, G, s0, last, offsets, H, K, V, X,
+    REVERSE: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """In place, D[chunk] := S, S <- decay S + D[chunk], from chunk to chunk of a sequence: STEP of them at once, and the next ones
+    are loaded before these are stored."""
+    blocks = tl.cdiv(K * V, BLOCK)
+    row, e, order = (
+        tl.program_id(0) // blocks,
+        tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK),
+        tl.arange(0, STEP),
+    )
+    n, h = row // H, row % H
+    begin, finish = tl.load(offsets + n), tl.load(offsets + n + 1)
+    first, chunks = begin // C + n, (finish - begin + C - 1) // C
+    ends = row.to(tl.int64) * K * V + e
+    S = tl.load(s0 + ends, mask=e < K * V, other=0.0).to(ACC)
+    decay, x = _some(D, G, order, chunks, begin, finish, first, h, H, e, K, V, X, REVERSE, C, ACC)
+    at, live = _places(order, chunks, first, h, H, e, K, V, REVERSE)
+    tl.store(D + at, S[None, :].to(D.dtype.element_ty), mask=live & (order == 0)[:, None])
+    for count in range(0, chunks, STEP):
+        kept, added = tl.associative_scan((decay, x), 0, _join)
+        behind = kept * S[None, :] + added  # the state behind each chunk, kept at the next one's place
+        decay, x = _some(D, G, count + STEP + order, chunks, begin, finish, first, h, H, e, K, V, X, REVERSE, C, ACC)
+        at, live = _places(count + 1 + order, chunks, first, h, H, e, K, V, REVERSE)
+        tl.store(D + at, behind.to(D.dtype.element_ty), mask=live)
+        S = tl.sum(tl.where((order == STEP - 1)[:, None], behind, 0.0), 0)
+    tl.store(last + ends, S, mask=e < K * V)
 
 
 @triton.jit
@@ -481,6 +581,7 @@ TILES = {
     "head scores": (64, 64, 8, 3),  # 39 / 85; 64x4 43 / 87, 128x4 47 / 110
     "channel scores": (32, 64, 8, 3),  # 153 / 388; 32x4 177 / 415, 64x4 199 / 390
     "linear walk": (64, 32, 4, 3),  # 72 / 420; 64x64x4 84 / 540, 32x32x4 92 / 488, 64x16x4 119
+    "deposits": (64, 64, 4, 1),
     "rank walk": (0, 32, 4, 2),  # forward 139 / 939, backward 328 / 1182; three stages leave room for one program: 203
     "rank walk back": (0, 64, 8, 2),  # backward 223 / 1648, forward 174 / 1303
     "rank walk few": (0, 16, 4, 3),  # forward 201 / 593, backward 415 / 1007
@@ -494,6 +595,8 @@ TILES = {
     "solve exact": (0, 32, 8, 1),  # float32: 16 tokens, for want of registers
     "invert": (64, 64, 4, 3),  # less the Newton step 71 / 136; 2 warps 101 / 198, 8 warps 133 / 257
 }
+BUSY = 128  # programs of a walk below which much of the chip idles: there chunks are summed first, then passed on
+PASS = 16, 64  # chunks and elements at once
 
 
 def power(n: int) -> int:
@@ -641,6 +744,8 @@ def walk(
 
     keep: type of the states at chunks' borders, if not that of the operands.
     """
+    if rank is None and at.N * at.H * blocks(at.K, 64) * blocks(at.V, 32) < BUSY:
+        return *_passed(at, G, s0, *added, c, reverse, before, gain, keep), None
     states, last = at.states_like(s0, keep), torch.empty_like(s0)
     x, z, a = rank or (G, G, G)
     b, v = added or (G, G)
@@ -656,6 +761,22 @@ def walk(
         reverse, rank is not None, added is not None, gain is not None, before, BK=BK, BV=BV, BX=at.wide_gate(BK), **launch, **at.options,
     )  # fmt: skip
     return states, last, u
+
+
+def _passed(at, G, s0, b, v, c, reverse, before, gain, keep) -> tuple[Tensor, Tensor]:
+    """`walk` for few long sequences: what every chunk adds is found for all of them at once, then passed on element by element."""
+    states, last = at.states_like(s0, keep), torch.empty_like(s0)
+    BK, BV, launch = at.tile("deposits", at.K, at.V)
+    _deposits[at.slots * blocks(at.K, BK) * blocks(at.V, BV), at.H](
+        b, v, G if gain is None else gain, G, states, at.offsets, c, at.N, at.H, at.K, at.V,
+        reverse, gain is not None, before, BK=BK, BV=BV, BX=at.wide_gate(BK), **launch, **at.options,
+    )  # fmt: skip
+    step, block = PASS
+    _pass[at.N * at.H * blocks(at.K * at.V, block),](
+        states, G, s0, last, at.offsets, at.H, at.K, at.V, at.X,
+        reverse, C, step, block, TYPES[at.wide], num_warps=1,
+    )  # fmt: skip
+    return states, last
 
 
 def read(
