@@ -95,12 +95,15 @@ def test_inductor_where_a_scan_is_as_long_as_a_chunk():
     same(graded(torch.compile(run, fullgraph=True), x, state), graded(run, x, state))
 
 
+@pytest.mark.slow
 def test_inductor_does_not_write_over_what_is_joined():
     """The reduced case of kernels/NOTES.md: with torch.cat in join's place the last result is wrong on torch 2.13."""
 
+    traced = torch._dynamo.nonstrict_trace(join)  # as ops are; the shape checks of the tests are not for dynamo
+
     def run(x, w):
         y = x * 2
-        a = join((x[:1], y), 0).cumsum(0)
+        a = traced((x[:1], y), 0).cumsum(0)
         z = y + a[1:]
         return a, (w * z.cumsum(0)[:1]).cumsum(0), z.cumsum(1)
 
