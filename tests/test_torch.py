@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 
 import unify.kernels
 from unify.lower import launch
+from unify.lower.chunked import join
 from unify.models.zoo import ZOO, get
 from unify.op import compile
 from unify.testing import assert_close, random_inputs, random_state
@@ -84,6 +85,30 @@ def test_inductor(name, backend, device, monkeypatch):
     op, x, state = case(name, backend, 17, device, dtype)
     run = lambda x, state: everything(op, {n: y * 1 for n, y in x.items()}, state)  # noqa: E731
     same(graded(torch.compile(run, fullgraph=True), x, state), graded(run, x, state), rtol)
+
+
+@pytest.mark.slow
+def test_inductor_where_a_scan_is_as_long_as_a_chunk():
+    """Three tokens: tensors of one size, whose memory Inductor hands on; with torch.cat in the scan the variance was inf."""
+    op, x, state = case("palimpsa_key", "torch", 3)
+    run = lambda x, state: everything(op, {n: y * 1 for n, y in x.items()}, state)  # noqa: E731
+    same(graded(torch.compile(run, fullgraph=True), x, state), graded(run, x, state))
+
+
+@pytest.mark.slow
+def test_inductor_does_not_write_over_what_is_joined():
+    """The reduced case of kernels/NOTES.md: with torch.cat in join's place the last result is wrong on torch 2.13."""
+
+    traced = torch._dynamo.nonstrict_trace(join)  # as ops are; the shape checks of the tests are not for dynamo
+
+    def run(x, w):
+        y = x * 2
+        a = traced((x[:1], y), 0).cumsum(0)
+        z = y + a[1:]
+        return a, (w * z.cumsum(0)[:1]).cumsum(0), z.cumsum(1)
+
+    x, w = (torch.linspace(-1, 1, 3 * n, dtype=torch.float64).view(n, 3) for n in (3, 4))
+    same(torch.compile(run, fullgraph=True)(x, w), run(x, w))
 
 
 def test_a_wrong_result_is_seen():
