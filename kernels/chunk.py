@@ -213,26 +213,37 @@ def _scores(
     if start >= end:
         return
     h, i = tl.program_id(1), tl.arange(0, C)
+    if NEAR or FAR:
+        for k0 in range(0, K, BK):
+            after = load(G, start, end, h, H, X, k0, C, BX)
+            if NEAR:
+                before = load(G, start, end, h, H, X, k0, C, BX, 1)
+                x = load(read, start, end, h, H, K, k0, C, BK) * weight(before if BEFORE else after, ACC)
+                store(reads, x, start, end, h, H, K, k0, C, BK)
+                if TWO:
+                    x = load(second, start, end, h, H, K, k0, C, BK) * weight(before, ACC)
+                    store(reads2, x, start, end, h, H, K, k0, C, BK)
+            if FAR:
+                total = load_row(G, end - 1, h, H, X, k0, BX)[None, :]
+                y = load(written, start, end, h, H, K, k0, C, BK) * weight(total - after, ACC)
+                store(writes, y, start, end, h, H, K, k0, C, BK)
     acc, acc2 = tl.zeros([C, C], ACC), tl.zeros([C, C], ACC)
     for k0 in range(0, K, BK):
         x = load(read, start, end, h, H, K, k0, C, BK)
         y = load(written, start, end, h, H, K, k0, C, BK)
         if GATE == CHANNEL:
             after = load(G, start, end, h, H, X, k0, C, BX)
-            before = load(G, start, end, h, H, X, k0, C, BX, 1)
             x, y = x.to(ACC), y.to(ACC)
-            if NEAR:
-                store(reads, x * weight(before if BEFORE else after, ACC), start, end, h, H, K, k0, C, BK)
-            if FAR:
-                left = load_row(G, end - 1, h, H, X, k0, BX)[None, :] - after
-                store(writes, y * weight(left, ACC), start, end, h, H, K, k0, C, BK)
+            if BEFORE or TWO:
+                before = load(G, start, end, h, H, X, k0, C, BX, 1)
+            else:
+                before = after
+            if not BEFORE:
+                acc += tl.where(i[:, None] == i[None, :], tl.sum(x * y, 1)[:, None], 0.0)
+                if TWO:  # decayed by its token's gate, it is a read before the update like the second
+                    x *= weight(after - before, ACC)
             if TWO:
                 x2 = load(second, start, end, h, H, K, k0, C, BK).to(ACC)
-                if NEAR:
-                    store(reads2, x2 * weight(before, ACC), start, end, h, H, K, k0, C, BK)
-            if not BEFORE:  # from here on it is a read before the update, of what the token itself will keep
-                acc += tl.where(i[:, None] == i[None, :], tl.sum(x * y, 1)[:, None], 0.0)
-                x *= weight(after - before, ACC)
             ahead = border(G, 0, start, end, h, H, X, k0, C, BK)
             for level in range(LEVELS):
                 middle, ahead = ahead, border(G, level + 1, start, end, h, H, X, k0, C, BK)  # under way early
@@ -407,13 +418,14 @@ def _pass(
 @triton.jit
 def _read(
     key, S, A1, x1, A2, x2, G, out, offsets, c0, c1, c2, N, H, K, V,
-    GATE: tl.constexpr, BACK: tl.constexpr, TWO: tl.constexpr, BEFORE: tl.constexpr, BEFORE2: tl.constexpr,
+    GATE: tl.constexpr, BACK: tl.constexpr, TWO: tl.constexpr, BEFORE: tl.constexpr, BEFORE2: tl.constexpr, SPLIT: tl.constexpr,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """out = c0 key S + c1 A1 x1 (+ c2 A2 x2): decayed reads of the state at the chunk's start and of the chunk's own writes.
 
     BACK: key is a decayed write, S the adjoint at the chunk's end, and the scores A are transposed.
     With one decay a head key comes as it is, and in place of the scores what it meets, writes or if BACK reads [tokens, H, K].
+    SPLIT: see `split_dot`.
     """
     blocks = tl.cdiv(V, BV)
     slot, v0, h = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BV, tl.program_id(1)
@@ -424,7 +436,7 @@ def _read(
     for k0 in range(0, K, BK):
         at, inside = matrix_at(S, slot * H + h, K, V, k0, v0, BK, BV)
         keys = load(key, start, end, h, H, K, k0, C, BK)
-        acc += dot(keys, tl.load(at, mask=inside, other=0.0), DT, ACC)
+        acc += split_dot(keys, tl.load(at, mask=inside, other=0.0), SPLIT, DT, ACC)
         if GATE == HEAD:
             first += dot(keys, tl.trans(load(A1, start, end, h, H, K, k0, C, BK)), DT, ACC)
             if TWO:
@@ -579,6 +591,7 @@ LEVELS = C.bit_length() - 1
 TILES = {
     "plain scores": (64, 64, 4, 2),  # 31 / 43; 32x4 40 / 53, 128x4 37 / 44
     "head scores": (64, 64, 8, 3),  # 39 / 85; 64x4 43 / 87, 128x4 47 / 110
+    "channel scores of two": (32, 64, 4, 3),
     "channel scores": (32, 64, 8, 3),  # 153 / 388; 32x4 177 / 415, 64x4 199 / 390
     "linear walk": (64, 32, 4, 3),  # 72 / 420; 64x64x4 84 / 540, 32x32x4 92 / 488, 64x16x4 119
     "deposits": (64, 64, 4, 1),
@@ -586,14 +599,13 @@ TILES = {
     "rank walk back": (0, 64, 8, 2),  # backward 223 / 1648, forward 174 / 1303
     "rank walk few": (0, 16, 4, 3),  # forward 201 / 593, backward 415 / 1007
     "rank walk tall": (0, 16, 8, 1),  # K > 128, for want of shared memory
-    "read": (64, 64, 4, 3),  # 70 / 102; 32x64x4 75 / 107, 32x128x4 87 / 104, 64x128x8 94 / 107
+    "read": (64, 64, 4, 2),  # 70 / 102; 32x64x4 75 / 107, 32x128x4 87 / 104, 64x128x8 94 / 107
     "head grads": (64, 64, 4, 2),  # 188 / 329; 32x64x4 172 / 365, 32x64x8 234 / 521
     "channel grads": (32, 128, 4, 2),  # 434 / 1026; 32x64x4 477 / 1172, 64x64x8 556 / 1016
     "channel grads of two": (64, 64, 8, 3),  # two reads or writes, 948; 32x128x4 1077, 32x64x4 1027 (beside other work)
     "mix": (128, 64, 4, 3),  # 19 / 43; 64x64x4 27 / 50
     "solve": (0, 32, 4, 1),  # all key channels, and tokens: - / 893; 64x8 1007, 16x4 1031, 32x8 1057, 64x4 1951
     "solve exact": (0, 32, 8, 1),  # float32: 16 tokens, for want of registers
-    "invert": (64, 64, 4, 3),  # less the Newton step 71 / 136; 2 warps 101 / 198, 8 warps 133 / 257
 }
 BUSY = 128  # programs of a walk below which much of the chip idles: there chunks are summed first, then passed on
 PASS = 16, 64  # chunks and elements at once
@@ -723,7 +735,8 @@ def _launch_scores(at, reads, written, G, gate, before, near=False, far=False) -
     two, K = second is not None, read.shape[-1]
     scores = [at.scores_like(read) if wanted else at.empty(read, 0) for wanted in (True, two)]
     decayed = [at.empty(read, *(read.shape if wanted else (0,))) for wanted in (near, near and two, far)]
-    BK, _, launch = at.tile(("plain scores", "head scores", "channel scores")[gate], K, K)
+    name = ("plain scores", "head scores", "channel scores of two" if two else "channel scores")[gate]
+    BK, _, launch = at.tile(name, K, K)
     _scores[at.slots, at.H](
         read, second if two else read, written, *scores, *decayed, G, at.offsets, at.N, at.H, K, at.X,
         gate, before, two, near, far, LEVELS=LEVELS, BK=BK, BX=at.wide_gate(BK), **launch, **at.options,
@@ -787,7 +800,7 @@ def read(
     BK, BV, launch = at.tile("read", at.K, at.V)
     _read[at.slots * blocks(at.V, BV), at.H](
         key, S, *first, *(second or first), G, out, at.offsets, *factors, at.N, at.H, at.K, at.V,
-        at.gate, back, second is not None, *before, BK=BK, BV=BV, **launch, **at.options,
+        at.gate, back, second is not None, *before, S.dtype != at.work, BK=BK, BV=BV, **launch, **at.options,
     )  # fmt: skip
     return out
 

@@ -24,11 +24,6 @@ from unify.kernels.chunk import dot, far, load, locate, near, store
 
 
 @triton.jit
-def _product(a, b, PRECISION: tl.constexpr, ACC: tl.constexpr):
-    return tl.dot(a, b, input_precision=PRECISION, out_dtype=ACC)
-
-
-@triton.jit
 def _corner(at, blocks, base, n, H, M: tl.constexpr):
     """Addresses and mask of M x M squares: in each block of 2 M tokens the one below the diagonal; blocks [B, 1, 1]."""
     row, column = (
@@ -39,12 +34,13 @@ def _corner(at, blocks, base, n, H, M: tl.constexpr):
 
 
 @triton.jit
-def _invert(A, inverse, offsets, N, H, C: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):
+def _invert(A, inverse, offsets, N, H, C: tl.constexpr, ACC: tl.constexpr):
     """(1 + A)^-1 of strictly lower triangular scores, [tokens, H, C], C = 64.
 
     Block substitution: with the blocks of m tokens on the diagonal inverted, those of 2 m follow by filling in the corner
     below, [[P, 0], [B, Q]]^-1 = [[P^-1, 0], [-Q^-1 B P^-1, Q^-1]]. Up to m = 16 all corners of a level at once, in four
-    squares of 16: X <- X - X B X; then two corners of 16, then one of 32.
+    squares of 16: X <- X - X B X; then two corners of 16, then one of 32. In full precision, and so small that no tensor core
+    is faster.
     """
     start, end = locate(tl.program_id(0), offsets, N, C)
     if start >= end:
@@ -54,17 +50,17 @@ def _invert(A, inverse, offsets, N, H, C: tl.constexpr, PRECISION: tl.constexpr,
     base = (start * H + h) * C
     row, column = four * 16 + i, four * 16 + j
     lower = tl.load(A + base + row * (H * C) + column, mask=row < n, other=0.0).to(ACC)
-    X = tl.where(i == j, 1.0, 0.0).to(ACC) + tl.zeros([4, 16, 16], ACC)
-    for level in range(4):
-        faces = ((i >> level) ^ (j >> level)) == 1
-        X -= _product(X, _product(tl.where(faces, lower, 0.0), X, PRECISION, ACC), PRECISION, ACC)
+    X = tl.where(i == j, 1.0, tl.where((i ^ j) == 1, -lower, 0.0)).to(ACC)
+    for level in range(1, 4):
+        B = tl.where(((i >> level) ^ (j >> level)) == 1, lower, 0.0)
+        X -= dot(X, dot(B, X, ACC, ACC), ACC, ACC)
 
     two = tl.arange(0, 2)[:, None, None]
     below, seen = _corner(A, two, base, n, H, 16)
     B = tl.load(below, mask=seen, other=0.0).to(ACC)
     halves, which = tl.reshape(X, [2, 2, 16, 16]), tl.arange(0, 2)[None, :, None, None]
     P, Q = tl.sum(tl.where(which == 0, halves, 0.0), 1), tl.sum(tl.where(which == 1, halves, 0.0), 1)
-    corner = -_product(Q, _product(B, P, PRECISION, ACC), PRECISION, ACC)
+    corner = -dot(Q, dot(B, P, ACC, ACC), ACC, ACC)
 
     down, right = tl.arange(0, 2)[None, :, None, None, None], tl.arange(0, 2)[None, None, None, :, None]
     diagonal, left = tl.reshape(X, [2, 2, 16, 1, 16]), tl.reshape(corner, [2, 1, 16, 1, 16])
@@ -74,7 +70,7 @@ def _invert(A, inverse, offsets, N, H, C: tl.constexpr, PRECISION: tl.constexpr,
     i, j = tl.arange(0, 32)[:, None], tl.arange(0, 32)[None, :]
     below = base + (32 + i) * (H * C) + j
     B = tl.load(A + below, mask=32 + i < n, other=0.0).to(ACC)
-    corner = -_product(Q, _product(B, P, PRECISION, ACC), PRECISION, ACC)
+    corner = -dot(Q, dot(B, P, ACC, ACC), ACC, ACC)
 
     out = inverse.dtype.element_ty
     row, column = two * 32 + i[None, :, :], two * 32 + j[None, :, :]
@@ -116,9 +112,7 @@ def _mix(
 
 def _inverse(at: chunk.Layout, A: Tensor) -> Tensor:
     out = torch.empty_like(A)
-    *_, launch = at.tile("invert", chunk.C, chunk.C)
-    precision = "tf32x3" if at.half else "ieee"
-    _invert[at.slots, at.H](A, out, at.offsets, at.N, at.H, chunk.C, precision, chunk.TYPES[at.wide], **launch)
+    _invert[at.slots, at.H](A, out, at.offsets, at.N, at.H, chunk.C, chunk.TYPES[at.wide], num_warps=2)
     return out
 
 
