@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
-from ..notation import pretty
-from ..views import claim
-from .mathml import math
+from unify.notation import pretty
+from unify.views import claim
+
+from .mathml import math, number, words
 from .plot import Plot, plot
 
 if TYPE_CHECKING:
-    from ..derivations import Edge, Obligation, Proof, Theorem
-    from ..testing import Equivalence
+    from unify.derivations import Edge, Obligation, Proof, Theorem
+    from unify.testing import Equivalence
 
 
 @dataclass(frozen=True)
@@ -38,21 +39,21 @@ class Link:
         return claim(self.edge)
 
     @property
-    def why(self) -> str:
+    def why(self) -> Markup:
         """The reason as a sentence."""
-        return self.edge.why[:1].upper() + self.edge.why[1:] + "."
+        return words(sentence(self.edge.why))
 
     @property
     def substitution(self) -> list[tuple[str, Markup]]:
         """(argument or state, equation) of everything that is not just handed on."""
-        from ..derivations.edge import tex
+        from unify.derivations.edge import tex
 
         return [(kind, math(f"{tex(left)} = {tex(right)}")) for kind, left, right in self.edge.rows() if left != right]
 
     @property
     def output(self) -> Markup | None:
         """What the parent's output is multiplied with, if with anything."""
-        from ..derivations.edge import tex
+        from unify.derivations.edge import tex
 
         return None if self.edge.output == 1 else math(tex(self.edge.output))
 
@@ -63,14 +64,14 @@ class Link:
 
     @staticmethod
     def _identity(x: Obligation) -> str:
-        from ..derivations.edge import tex
+        from unify.derivations.edge import tex
 
         return tex(x.left) if tex(x.left) == tex(x.right) and x.upto is None else x.latex()
 
     @property
     def theorem(self) -> Theorem | None:
         """The theorem that goes with the edge."""
-        from ..derivations import THEOREMS
+        from unify.derivations import THEOREMS
 
         return THEOREMS[self.edge.theorem]().prove() if self.edge.theorem else None
 
@@ -80,9 +81,9 @@ class Link:
         return [(x.sentence, math(x.latex().replace("&", ""))) for x in self.theorem.steps] if self.theorem else []
 
     @property
-    def points(self) -> list[tuple[str, str]]:
+    def points(self) -> list[tuple[float, Markup]]:
         """(eps, relative error) of a limit."""
-        return [(f"{e:.0e}", f"{error:.2e}") for e, error in zip(self.measured.eps, self.measured.errors, strict=True)]
+        return [(e, number(error)) for e, error in zip(self.measured.eps, self.measured.errors, strict=True)]
 
     @cached_property
     def plot(self) -> Plot | None:
@@ -122,6 +123,12 @@ class Pair:
         return ", ".join(dict.fromkeys(x.short for x in self.links))
 
 
+def sentence(text: str) -> str:
+    """Words with a capital and a full stop; a symbol at the start, such as the b of "b shared", keeps its case."""
+    symbol = re.match(r"[b-zA-Z](?![A-Za-z-])", text)
+    return (text[:1] if symbol else text[:1].upper()) + text[1:] + "."
+
+
 def slug(name: str) -> str:
     """A name as a file may be called."""
     return re.sub(r"[^a-z0-9_]+", "-", name.lower()).strip("-")
@@ -129,15 +136,15 @@ def slug(name: str) -> str:
 
 def label(name: str) -> str:
     """A model's name as people write it; a triple without a name in the zoo keeps the one of its edge."""
-    from ..models.zoo import ZOO
+    from unify.models.zoo import ZOO
 
     return ZOO[name].label if name in ZOO else name
 
 
 def pairs(edges: tuple[Edge, ...], tick) -> list[Pair]:
     """Prove and measure every edge; those between the same two models share a page."""
-    from ..derivations import prove_edge
-    from ..measured import measure
+    from unify.derivations import prove_edge
+    from unify.measured import measure
 
     found: dict[tuple[str, str], list[Link]] = {}
     for n, edge in enumerate(edges):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..draw import ARROW, FONT, INSET, Box, Layout, MapEdge, MapNode, Route, layout
-from ..draw import _wrap as wrapped
+from unify.draw import ARROW, FONT, INSET, Box, Layout, MapEdge, MapNode, Route, layout
+from unify.draw import _wrap as wrapped
 
 UNIT = 100  # of the picture, an inch
 HALF = 0.035  # of an arrow's tip, inches
@@ -108,8 +108,6 @@ def _line(move: _Move, route: Route) -> Line:
 
 def _in_reading_order(nodes: list[Shape], plan: Layout) -> tuple[Shape, ...]:
     """Band by band from the top, and in a band from left to right: the order in which the keyboard walks."""
-    move = {name: box for name, box in plan.boxes.items()}
-    bands = list(plan.bands.values())
-    band = {name: next(n for n, b in enumerate(bands) if box.inside(b)) for name, box in move.items()}
-    height = {n: b.y0 for n, b in enumerate(bands)}
-    return tuple(sorted(nodes, key=lambda s: (height[band[s.name]], s.x, s.y)))
+    tops = sorted(plan.bands.values(), key=lambda band: band.y0)
+    row = {name: next(n for n, band in enumerate(tops) if box.inside(band)) for name, box in plan.boxes.items()}
+    return tuple(sorted(nodes, key=lambda s: (row[s.name], s.x, s.y)))

@@ -11,4 +11,4 @@ def highlighted(source: str) -> Markup:
     from pygments.formatters import HtmlFormatter
     from pygments.lexers import PythonLexer
 
-    return Markup(highlight(source, PythonLexer(), HtmlFormatter(nowrap=True)))  # noqa: S704 - escaped by pygments
+    return Markup(highlight(source, PythonLexer(), HtmlFormatter(nowrap=True)))

@@ -7,7 +7,7 @@ names stay those of `unify.notation`, where sympy's own MathML printer would kno
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from latex2mathml.converter import convert
@@ -29,7 +29,7 @@ def math(latex: str) -> Markup:
 
 
 def _element(body: str) -> Markup:
-    return Markup(f'<math displaystyle="true">{body}</math>')  # noqa: S704 - made of converted LaTeX only
+    return Markup(f'<math displaystyle="true">{body}</math>')
 
 
 def prose(text: str) -> Markup:
@@ -56,14 +56,13 @@ class Formula:
         out += "".join(f" {'-' if negative else '+'} {text}" for negative, text in rest)
         return f"{self.left} = {out}" if self.left else out
 
-    @property
-    def mathml(self) -> Markup:
-        """The formula as a <math> element; each term is an <mrow> that carries its LaTeX with its sign."""
+    def mathml(self, same: Callable[[str], str] = str) -> Markup:
+        """The formula as a <math> element; each term is an <mrow> that carries same(its LaTeX with its sign)."""
         body = f"{inner(self.left)}<mo>=</mo>" if self.left else ""
         for n, (negative, text) in enumerate(self.terms):
             sign = "−" if negative else "+" if n else ""
             body += f"<mo>{sign}</mo>" if sign else ""
-            key = Markup.escape(f"{'-' if negative else '+'} {text}")
+            key = Markup.escape(same(f"{'-' if negative else '+'} {text}"))
             body += f'<mrow data-term="{key}">{inner(text)}</mrow>'
         return _element(body)
 
@@ -71,3 +70,28 @@ class Formula:
 def formula(left: str, terms: Iterable[tuple[bool, str]]) -> Formula:
     """A formula of a writer's `terms` (`unify.notation`)."""
     return Formula(left, tuple(terms))
+
+
+_GREEK = {"alpha": "α", "beta": "β", "eps": "ε", "rho": "ρ", "mu": "μ", "Lambda": "Λ", "lambda": "λ", "Ibar": "Ī"}
+_SIGNS = (("&lt;=", "≤"), ("&gt;=", "≥"), (" - ", " − "), (" -&gt; ", " → "))
+
+
+def words(text: str) -> Markup:
+    """A sentence of the library with its mathematics as a reader expects it: b_si k^2 <= eps as b, sub si, k², ≤ ε."""
+    out = str(Markup.escape(text)).replace("&#39;", "’")
+    for plain, sign in _SIGNS:
+        out = out.replace(plain, sign)
+    out = re.sub(r"\^1\b", "", out)
+    out = re.sub(r"\^([0-9])", r"<sup>\1</sup>", out)
+    out = re.sub(
+        r"(?<![A-Za-z])([A-Za-z]|sum|max|min|" + "|".join(_GREEK) + r")(’?)_([A-Za-z0-9]+)\b", r"\1\2<sub>\3</sub>", out
+    )
+    out = re.sub(r"\bsum<sub>", "∑<sub>", out)
+    out = re.sub(r"(?<![A-Za-z])(" + "|".join(_GREEK) + r")(?![A-Za-z])", lambda found: _GREEK[found[1]], out)
+    return Markup(out)
+
+
+def number(x: float) -> Markup:
+    """A number as 1.2 × 10 to a power, or 0."""
+    digits, _, power = f"{x:.2e}".partition("e")
+    return Markup("0") if x == 0 else Markup("{} × 10<sup>{}</sup>").format(digits, str(int(power)).replace("-", "−"))

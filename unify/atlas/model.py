@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
-from ..notation import Latex, energy_parts, latex, pretty, static_names
-from ..recurrence import PHASES
-from ..show import AT, Stages, belief, brief, energy_rows, facts, legend, printed_source, rounded, symbol_of, words
-from ..show import polynomial as count_of
+from unify.notation import MEANING, Latex, energy_parts, latex, pretty, static_names
+from unify.recurrence import PHASES
+from unify.show import AT, Stages, belief, brief, energy_rows, facts, legend, printed_source, rounded, symbol_of, words
+from unify.show import polynomial as count_of
+
 from .mathml import Formula, formula, math
 
 if TYPE_CHECKING:
-    from ..models.zoo import Model
-    from ..triple import Triple
+    from unify.models.zoo import Model
+    from unify.triple import Triple
 
 LEGS = ("architecture", "posterior", "prior")
 UNASKED = ("observations", "scale")  # fields of a leg that are no choice among a few
@@ -28,22 +29,29 @@ _PRECISIONS = ("Ibar", "P", "Lambda")
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a model: `what` it says, its words or formula, and a `key` that the same line of another model has."""
+    """A line of a model: `what` it says, its words or formula, and a `key` that the same line of another model has.
+
+    mean: the letter of the model's mean, S or M; what is written the same but for it counts as the same.
+    """
 
     section: str
     key: str
     what: str
     value: str | Formula
+    mean: str = "S"
 
     @property
     def same(self) -> str:
         """The text by which two rows are compared."""
-        return self.value.latex if isinstance(self.value, Formula) else self.value
+        return self._neutral(self.value.latex if isinstance(self.value, Formula) else self.value)
 
     @property
     def shown(self) -> Markup:
         """The value as HTML."""
-        return self.value.mathml if isinstance(self.value, Formula) else Markup.escape(self.value)
+        return self.value.mathml(self._neutral) if isinstance(self.value, Formula) else Markup.escape(self.value)
+
+    def _neutral(self, text: str) -> str:
+        return re.sub(rf"(?<![A-Za-z]){self.mean}(?![A-Za-z])", "S", text)
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,11 @@ class Page:
         return Latex(static_names(self.model.triple))
 
     @property
+    def mean(self) -> str:
+        """The letter of the mean that is carried: S, or M where it is the natural one."""
+        return self.stages.structure.mean
+
+    @property
     def href(self) -> str:
         """The page, from the top of the site."""
         return f"models/{self.model.name}.html"
@@ -71,7 +84,7 @@ class Page:
     def citation(self) -> Markup:
         """The citation, with a link for each arXiv number."""
         link = r'<a href="https://arxiv.org/abs/\1">arXiv \1</a>'
-        return Markup(_ARXIV.sub(link, str(Markup.escape(self.model.citation))))  # noqa: S704 - escaped before
+        return Markup(_ARXIV.sub(link, str(Markup.escape(self.model.citation))))
 
     @property
     def choices(self) -> dict[str, tuple[str, ...]]:
@@ -93,7 +106,7 @@ class Page:
     def triple(self) -> list[tuple[str, list[Row]]]:
         """The legs, in words."""
         return [
-            (leg, [Row("Triple", f"triple {leg} {what}", what, said) for what, said in rows])
+            (leg, [Row(leg.capitalize(), f"{leg} {what}", what, said) for what, said in rows])
             for leg, rows in words(self.model.triple)
         ]
 
@@ -104,7 +117,7 @@ class Page:
         for n in range(len(self.stages.energy.losses)):
             parts, rows = energy_parts(self.stages.energy, n), energy_rows(self.stages, n)
             named = [
-                Row("Free energy", f"energy {n} {kind}", lead, formula("", self.write.terms(expr)))
+                Row("Free energy", f"energy {n} {kind}", lead, formula("", self.write.terms(expr)), self.mean)
                 for (kind, expr), (lead, _) in zip(parts, rows, strict=True)
             ]
             out.append((f"observation {n + 1}" if many else "", named))
@@ -124,12 +137,12 @@ class Page:
         for step in self.stages.recurrence.phase(phase):
             left, terms = step.sides(self.write)
             key = f"recurrence {phase} {self._role(step.name)}"
-            yield Row("Recurrence", key, f"{phase}, {step.pretty()[0]}", formula(left, terms))
+            yield Row("Recurrence", key, f"{phase} {step.pretty()[0]}", formula(left, terms), self.mean)
 
     def _role(self, name: str) -> str:
         """A name as another model's may be called that plays the same part: the mean, the precision, or itself."""
         stem, rest = re.fullmatch(r"(.+?)((?:_p|_new|_\d+|\d+)?)", name).groups()
-        if stem == self.stages.structure.mean:
+        if stem == self.mean:
             return "mean" + rest
         return ("precision" if stem in _PRECISIONS else stem) + rest
 
@@ -142,9 +155,14 @@ class Page:
 
     @property
     def starts(self) -> list[Row]:
-        """The states, their shapes and where they start."""
+        """The states: shape, where they start, and what they are."""
         return [
-            Row("State", f"state {self._role(s.name)}", s.name, f"{s.shape}, starts at {pretty(s.initial)}")
+            Row(
+                "State",
+                f"state {self._role(s.name)}",
+                s.name,
+                f"{s.shape}, starts at {pretty(s.initial)}: {MEANING[s.name]}",
+            )
             for s in self.stages.recurrence.states
         ]
 
@@ -159,16 +177,14 @@ class Page:
         found, rows = {}, []
         for name, sentence in facts(self.stages):
             found[name] = found.get(name, 0) + 1
-            rows.append(Row("Structure and cost", f"fact {name} {found[name]}", name, sentence))
+            rows.append(Row("Structure and cost", f"fact {name} {found[name]}", name, sentence, self.mean))
         return rows
 
     @property
     def rows(self) -> list[Row]:
         """All that a comparison sets side by side."""
         groups = (*self.triple, *self.energy, *self.recurrence)
-        legs = [Row(r.section, r.key, f"{leg}: {r.what}", r.value) for leg, rows in self.triple for r in rows]
-        rest = [r for _, rows in groups[len(self.triple) :] for r in rows]
-        return [*legs, *rest, *self.arguments, *self.starts, *self.facts]
+        return [*(row for _, rows in groups for row in rows), *self.arguments, *self.starts, *self.facts]
 
     def source(self, backend: str) -> str:
         """The printed source of one token's step."""

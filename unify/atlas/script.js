@@ -152,6 +152,8 @@ function index() {
     scrollers();
   }
 
+  form.hidden = false;
+  form.querySelector("details").open = innerWidth > 1000;
   search.value = new URLSearchParams(location.search).get("q") ?? "";
   search.addEventListener("input", apply);
   search.form.addEventListener("submit", (event) => { event.preventDefault(); document.getElementById("models").scrollIntoView(); });
@@ -189,7 +191,7 @@ function compare() {
     const [left, right] = rows.map((some) => new Map(some.filter((row) => row.dataset.section === section).map((row) => [row.dataset.key, row])));
     const body = table.appendChild(element("tbody"));
     body.append(element("tr"));
-    body.firstChild.append(element("th", section, { colspan: 4, scope: "colgroup" }));
+    body.firstChild.append(element("th", section, { colspan: 3, scope: "colgroup" }));
     for (const key of new Set([...left.keys(), ...right.keys()])) {
       const line = body.appendChild(pairOf([left.get(key), right.get(key)], labels));
       total += 1;
@@ -207,7 +209,7 @@ function compare() {
 
 function heading(sides) {
   const head = element("thead"), row = head.appendChild(element("tr"));
-  row.append(element("td"), element("th", "", { scope: "col" }));
+  row.append(element("th", "", { scope: "col" }));
   row.lastChild.append(element("span", "What", { class: "unseen" }));
   for (const side of sides) {
     const cell = row.appendChild(element("th", "", { scope: "col" }));
@@ -219,8 +221,11 @@ function heading(sides) {
 function pairOf(both, labels) { // a line of the comparison: sign, what, and the two cells
   const same = both[0] && both[1] && both[0].dataset.same === both[1].dataset.same;
   const line = element("tr", "", { class: same ? "alike" : "differs" });
-  const what = [...new Set(both.filter(Boolean).map((row) => row.querySelector("th").textContent))].join(" / ");
-  line.append(element("td", same ? "same" : "≠ differs", { class: "sign" }), element("th", what, { scope: "row" }));
+  const names = [...new Set(both.filter(Boolean).map((row) => row.querySelector("th").textContent))];
+  const phase = names[0].split(" ")[0] + " "; // "predict S" beside "predict M": said once
+  const what = names.map((name, n) => (n && name.startsWith(phase) ? name.slice(phase.length) : name)).join(" / ");
+  const head = line.appendChild(element("th", "", { scope: "row" }));
+  head.append(element("span", same ? "=" : "≠", { class: "sign", "aria-hidden": "true" }), element("span", same ? "same: " : "differs: ", { class: "unseen" }), what);
   const cells = both.map((row) => (row ? element("td") : element("td", "not in it", { class: "absent" })));
   both.forEach((row, n) => { if (row) cells[n].append(...row.querySelector("td").cloneNode(true).childNodes); });
   if (!same) both.forEach((row, n) => { if (row) marked(cells[n], both[1 - n], labels[n]); });

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
-from .. import __version__
-from ..errors import UnifyError
+from unify import __version__
+from unify.errors import UnifyError
+
 from .edge import Pair, pairs
 from .graph import Graph, graph
 from .highlight import highlighted
-from .mathml import math, prose
+from .mathml import math, number, prose, words
 from .model import LEGS, Page
 
 Tick = Callable[[str, int, int], None]
@@ -112,8 +112,8 @@ def _environment(atlas: Atlas) -> Callable[..., str]:
     """A template's text: (template, the way up to the top of the site, what it is filled with)."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    from ..models.zoo import OUTSIDE
-    from ..show import BELIEF, NOTATION, made
+    from unify.models.zoo import OUTSIDE
+    from unify.show import BELIEF, NOTATION, made
 
     made_of = Environment(
         loader=PackageLoader("unify.atlas"),
@@ -130,6 +130,8 @@ def _environment(atlas: Atlas) -> Callable[..., str]:
         "notation": prose(NOTATION),
         "made": made,
         "math": math,
+        "number": number,
+        "words": words,
         "highlighted": highlighted,
     }
     return lambda name, top, **values: made_of.get_template(name).render(top=top, **values)
@@ -137,8 +139,8 @@ def _environment(atlas: Atlas) -> Callable[..., str]:
 
 def gather(tick: Tick = _nothing) -> Atlas:
     """Derive every model, prove and measure every edge, lay out the map. tick(text, done, total): progress."""
-    from ..derivations import all_edges, map_nodes_and_edges
-    from ..models.zoo import ZOO
+    from unify.derivations import all_edges, map_nodes_and_edges
+    from unify.models.zoo import ZOO
 
     models = tuple(map(Page, ZOO.values()))
     found = pairs(all_edges(), lambda text, done, total: tick(f"proving and measuring {text}", done, total))
