@@ -43,7 +43,7 @@ class Link:
         """The reason as a sentence."""
         return words(sentence(self.edge.why))
 
-    @property
+    @cached_property
     def substitution(self) -> list[tuple[str, Markup]]:
         """(argument or state, equation) of everything that is not just handed on."""
         from unify.derivations.edge import tex
@@ -57,7 +57,7 @@ class Link:
 
         return None if self.edge.output == 1 else math(tex(self.edge.output))
 
-    @property
+    @cached_property
     def obligations(self) -> list[tuple[str, str, Markup, str]]:
         """(phase, what of, the identity, "both sides" where they are written the same)."""
         return [(x.phase, x.about, math(self._identity(x)), _remark(x)) for x in self.proof.obligations]
@@ -68,19 +68,19 @@ class Link:
 
         return tex(x.left) if tex(x.left) == tex(x.right) and x.upto is None else x.latex()
 
-    @property
+    @cached_property
     def theorem(self) -> Theorem | None:
         """The theorem that goes with the edge."""
         from unify.derivations import THEOREMS
 
         return THEOREMS[self.edge.theorem]().prove() if self.edge.theorem else None
 
-    @property
+    @cached_property
     def steps(self) -> list[tuple[str, Markup]]:
         """The theorem's steps: (sentence, identity or inequality)."""
         return [(x.sentence, math(x.latex().replace("&", ""))) for x in self.theorem.steps] if self.theorem else []
 
-    @property
+    @cached_property
     def points(self) -> list[tuple[float, Markup]]:
         """(eps, relative error) of a limit."""
         return [(e, number(error)) for e, error in zip(self.measured.eps, self.measured.errors, strict=True)]

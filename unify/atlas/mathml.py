@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from latex2mathml.converter import convert
 from markupsafe import Markup
@@ -17,6 +18,7 @@ _LETTERS = re.compile(r'(?:<mi mathvariant="normal">\w</mi>){2,}')
 _OUTER = re.compile(r"^<math[^>]*><mrow>(.*)</mrow></math>$", re.S)
 
 
+@lru_cache(maxsize=8192)
 def inner(latex: str) -> str:
     """LaTeX as the inside of a <math> element; a name in upright letters is one identifier, as it is read aloud."""
     text = _OUTER.match(convert(latex))[1]
