@@ -33,9 +33,9 @@ function themeButton() {
 // --- boxes that scroll can be reached by keyboard, others are no stop -------------------------------------------------
 
 function scrollers() {
-  for (const box of document.querySelectorAll("[data-label]")) {
+  for (const box of document.querySelectorAll("[data-label]:not(template)")) {
     const wide = box.scrollWidth > box.clientWidth;
-    for (const [name, value] of [["tabindex", "0"], ["role", "region"], ["aria-label", box.dataset.label]]) {
+    for (const [name, value] of [["tabindex", "0"], ["role", "region"], ["aria-label", `${box.dataset.label}, scrolls sideways`]]) {
       if (wide) box.setAttribute(name, value); else box.removeAttribute(name);
     }
   }
@@ -198,7 +198,7 @@ function compare() {
       different += line.classList.contains("differs");
     }
   }
-  const box = element("div", "", { class: "scroll", "data-label": "Comparison, scrolls sideways" });
+  const box = element("div", "", { class: "scroll", "data-label": "Comparison" });
   box.append(table);
   result.replaceChildren(box);
   verdict(a, b, labels, different, total);
@@ -263,4 +263,5 @@ document.addEventListener("DOMContentLoaded", () => {
   if (document.getElementById("choose")) compare();
   scrollers();
   addEventListener("resize", scrollers);
+  document.addEventListener("toggle", scrollers, true);
 });
