@@ -354,8 +354,10 @@ def test_the_site_reads_without_scripts(browser, site):  # noqa: F811
 def compared(browser: Browser) -> dict[str, tuple[bool, list[str], int]]:
     """line -> (whether it differs, its two cells, how many terms or phrases are marked)."""
     script = """
-    return [...document.querySelectorAll("#result tbody tr")].filter(row => row.cells.length === 3).map(row => [
-      row.closest("tbody").rows[0].textContent + " / " + row.cells[0].lastChild.textContent, row.classList.contains("differs"),
+    const rows = [...document.querySelectorAll("#result tbody tr")].filter(row => row.cells.length === 3);
+    const what = row => [...row.cells[0].childNodes].slice(2).map(x => x.textContent).join("");
+    return rows.map(row => [
+      row.closest("tbody").rows[0].textContent + " / " + what(row), row.classList.contains("differs"),
       [row.cells[1].textContent, row.cells[2].textContent], row.querySelectorAll("mark, mrow.differs").length,
       row.cells[0].firstChild.textContent])
     """
@@ -372,7 +374,7 @@ def test_a_comparison_marks_the_terms_that_differ(browser, site):  # noqa: F811
         ["none: the precision never leaves the prior's", "diagonal: one importance a memory entry"],
         2,
     )
-    loss = rows["Free energy / E_q[loss]"]
+    loss = rows["Free energy / Eq[loss]"]
     assert (loss[0], loss[2]) == (True, 1)  # the curvature's term; the other is the same in both
     assert not rows["Recurrence / predict S̃ⱼᵢ / M̃ⱼᵢ"][0]
     assert rows["Recurrence / observe Ī′ⱼᵢ"][1][0] == "not in it"

@@ -125,7 +125,7 @@ class Pair:
 
 def sentence(text: str) -> str:
     """Words with a capital and a full stop; a symbol at the start, such as the b of "b shared", keeps its case."""
-    symbol = re.match(r"[b-zA-Z](?![A-Za-z-])", text)
+    symbol = re.match(r"(?:[b-zA-Z]|alpha|beta|eps)(?![A-Za-z-])", text)
     return (text[:1] if symbol else text[:1].upper()) + text[1:] + "."
 
 

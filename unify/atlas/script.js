@@ -35,7 +35,8 @@ function themeButton() {
 function scrollers() {
   for (const box of document.querySelectorAll("[data-label]:not(template)")) {
     const wide = box.scrollWidth > box.clientWidth;
-    for (const [name, value] of [["tabindex", "0"], ["role", "region"], ["aria-label", `${box.dataset.label}, scrolls sideways`]]) {
+    const role = box.matches("td") ? "cell" : "region";
+    for (const [name, value] of [["tabindex", "0"], ["role", role], ["aria-label", `${box.dataset.label}, scrolls sideways`]]) {
       if (wide) box.setAttribute(name, value); else box.removeAttribute(name);
     }
   }
@@ -184,14 +185,14 @@ function compare() {
   const rows = sides.map((side) => [...side.content.querySelectorAll("tr")]);
   const labels = sides.map((side) => side.dataset.label);
 
-  const table = element("table");
+  const table = element("table", "", { role: "table" });
   table.append(element("caption", `${labels[0]} beside ${labels[1]}`, { class: "unseen" }), heading(sides));
   let different = 0, total = 0;
   for (const section of new Set(rows.flat().map((row) => row.dataset.section))) {
     const [left, right] = rows.map((some) => new Map(some.filter((row) => row.dataset.section === section).map((row) => [row.dataset.key, row])));
-    const body = table.appendChild(element("tbody"));
-    body.append(element("tr"));
-    body.firstChild.append(element("th", section, { colspan: 3, scope: "colgroup" }));
+    const body = table.appendChild(element("tbody", "", { role: "rowgroup" }));
+    body.append(element("tr", "", { role: "row" }));
+    body.firstChild.append(element("th", section, { colspan: 3, scope: "colgroup", role: "columnheader" }));
     for (const key of new Set([...left.keys(), ...right.keys()])) {
       const line = body.appendChild(pairOf([left.get(key), right.get(key)], labels));
       total += 1;
@@ -208,29 +209,36 @@ function compare() {
 }
 
 function heading(sides) {
-  const head = element("thead"), row = head.appendChild(element("tr"));
-  row.append(element("th", "", { scope: "col" }));
+  const head = element("thead", "", { role: "rowgroup" }), row = head.appendChild(element("tr", "", { role: "row" }));
+  row.append(element("th", "", { scope: "col", role: "columnheader" }));
   row.lastChild.append(element("span", "What", { class: "unseen" }));
   for (const side of sides) {
-    const cell = row.appendChild(element("th", "", { scope: "col" }));
+    const cell = row.appendChild(element("th", "", { scope: "col", role: "columnheader" }));
     cell.append(element("a", side.dataset.label, { href: side.dataset.href }));
   }
   return head;
 }
 
-function pairOf(both, labels) { // a line of the comparison: sign, what, and the two cells
+function pairOf(both, labels) { // a line of the comparison: sign and what, then the two cells
   const same = both[0] && both[1] && both[0].dataset.same === both[1].dataset.same;
-  const line = element("tr", "", { class: same ? "alike" : "differs" });
-  const names = [...new Set(both.filter(Boolean).map((row) => row.querySelector("th").textContent))];
-  const phase = names[0].split(" ")[0] + " "; // "predict S" beside "predict M": said once
-  const what = names.map((name, n) => (n && name.startsWith(phase) ? name.slice(phase.length) : name)).join(" / ");
-  const head = line.appendChild(element("th", "", { scope: "row" }));
-  head.append(element("span", same ? "=" : "≠", { class: "sign", "aria-hidden": "true" }), element("span", same ? "same: " : "differs: ", { class: "unseen" }), what);
-  const cells = both.map((row) => (row ? element("td") : element("td", "not in it", { class: "absent" })));
-  both.forEach((row, n) => { if (row) cells[n].append(...row.querySelector("td").cloneNode(true).childNodes); });
-  if (!same) both.forEach((row, n) => { if (row) marked(cells[n], both[1 - n], labels[n]); });
-  line.append(...cells);
+  const line = element("tr", "", { class: same ? "alike" : "differs", role: "row" });
+  const head = line.appendChild(element("th", "", { scope: "row", role: "rowheader" }));
+  head.append(element("span", same ? "=" : "≠", { class: "sign", "aria-hidden": "true" }), element("span", same ? "same: " : "differs: ", { class: "unseen" }));
+  head.append(...what(both.filter(Boolean).map((row) => row.querySelector("th"))));
+  both.forEach((row, n) => {
+    const cell = line.appendChild(element("td", row ? "" : "not in it", { role: "cell", "data-side": labels[n] }));
+    if (!row) cell.classList.add("absent"); else cell.append(...row.querySelector("td").cloneNode(true).childNodes);
+    if (row && !same) marked(cell, both[1 - n], labels[n]);
+    if (cell.querySelector("math")) cell.dataset.label = labels[n];
+  });
   return line;
+}
+
+function what(names) { // "predict S" beside "predict M" is said once: predict S / M
+  const [first, second] = names.map((name) => name.textContent);
+  if (names.length < 2 || first === second) return names[0].cloneNode(true).childNodes;
+  const phase = `${first.split(" ")[0]} `;
+  return [`${first} / ${second.startsWith(phase) ? second.slice(phase.length) : second}`];
 }
 
 function marked(cell, other, label) { // what the other does not have: term by term in a formula, else the whole cell
