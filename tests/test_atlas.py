@@ -40,8 +40,6 @@ for _edge in EDGES:
 @pytest.fixture(scope="session")
 def site(tmp_path_factory) -> Path:
     """The whole atlas, written once for all test processes."""
-    if "ATLAS_DEV" in __import__("os").environ:
-        return Path(__import__("os").environ["ATLAS_DEV"])
     folder = tmp_path_factory.getbasetemp()
     shared = folder.parent if folder.name.startswith("popen-") else folder
     with FileLock(shared / "atlas.lock"):

@@ -87,9 +87,10 @@ class Browser:
         )
 
     def shown(self, selector: str, name: str) -> set[str]:
-        """data-`name` of the elements that are displayed."""
+        """data-`name` of the elements that are displayed and can be used."""
         script = """
-        const shown = [...document.querySelectorAll(arguments[0])].filter(x => getComputedStyle(x).display !== "none");
+        const used = x => getComputedStyle(x).display !== "none" && x.getAttribute("aria-hidden") !== "true";
+        const shown = [...document.querySelectorAll(arguments[0])].filter(used);
         return shown.map(x => x.dataset[arguments[1]]);
         """
         return set(self.run(script, selector, name))
@@ -235,6 +236,7 @@ NODES, ROWS = ".map .node", "#models tr[data-model]"
 def test_filters_show_the_models_that_chose_so(browser, site):  # noqa: F811
     browser.open(site, "index.html")
     assert browser.shown(NODES, "model") == set(ZOO)
+    browser.one("#filters summary").click()
     Select(browser.one('[name="posterior.curvature"]')).select_by_visible_text("full")
     full = {name for name, m in ZOO.items() if "full" in m.triple.curvatures}
     assert browser.shown(NODES, "model") == browser.shown(ROWS, "model") == full

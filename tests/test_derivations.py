@@ -295,6 +295,17 @@ def test_edge_holds_on_tensors(edge):
     measure(edge)
 
 
+def test_the_slope_is_that_of_the_smallest_eps():
+    edge = metaplastic_edge(
+        "rodimus", kind="limit"
+    )  # its keys are large where gates are weak: at eps = 0.1 it is no limit yet
+    with pytest.raises(AssertionError, match="does not fall"):
+        measure(edge, fit=None)
+    found = measure(edge)
+    assert found.slope == pytest.approx(1, abs=0.02)
+    assert len(found.errors) == len(found.eps) == 7
+
+
 @pytest.mark.parametrize("edge", [x for x in NUMBERED if x.values[0].kind == "exact" and not x.values[0].restrict])
 def test_relation_holds_on_tensors(edge):
     # from a random state of the child, with the parent in the state that the relation says

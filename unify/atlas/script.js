@@ -114,7 +114,7 @@ function walk(svg) {
     svg.addEventListener(stop, () => look(null));
   }
   settle(nodes[0]);
-  return () => { if (!nodes.some((node) => shown(node) && node.tabIndex === 0)) { const first = nodes.find(shown); if (first) settle(first); } };
+  return () => settle(nodes.find((node) => shown(node) && node.tabIndex === 0) ?? nodes.find(shown));
 }
 
 // --- search and filters -----------------------------------------------------------------------------------------------
@@ -124,7 +124,10 @@ function index() {
   const models = [...document.querySelectorAll("#models tr[data-model]")];
   const pairs = [...document.querySelectorAll("#edges tr[data-parent]")];
   const svg = document.querySelector(".map svg"), reachable = walk(svg);
-  const show = (one, wanted) => one.classList.toggle("off", !wanted);
+  const show = (one, wanted) => {
+    one.classList.toggle("off", !wanted);
+    if (one.matches("a")) one.setAttribute("aria-hidden", String(!wanted)); // a model stays on the map, as a shadow
+  };
 
   function apply() {
     const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
@@ -154,7 +157,6 @@ function index() {
   }
 
   form.hidden = false;
-  form.querySelector("details").open = innerWidth > 1000;
   search.value = new URLSearchParams(location.search).get("q") ?? "";
   search.addEventListener("input", apply);
   search.form.addEventListener("submit", (event) => { event.preventDefault(); document.getElementById("models").scrollIntoView(); });
