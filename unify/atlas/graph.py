@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from unify.draw import ARROW, FONT, INSET, Box, Layout, MapEdge, MapNode, Route, layout
-from unify.draw import _wrap as wrapped
+from unify.draw import ARROW, FONT, INSET, Box, Layout, MapEdge, MapNode, Route, layout, wrap
 
 UNIT = 100  # of the picture, an inch
 HALF = 0.035  # of an arrow's tip, inches
@@ -85,7 +84,7 @@ def _node(move: _Move, name: str, box: Box, labels: Mapping[str, str]) -> Shape:
 
 
 def _band(move: _Move, family: str, box: Box) -> Shape:
-    lines = wrapped(family, 11).split("\n")
+    lines = wrap(family, 11).split("\n")
     return Shape(family, *move.box(box), _text(move(box.x0 + INSET, box.centre[1]), lines, 11))
 
 
