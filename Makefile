@@ -44,7 +44,7 @@ bench: $(READY) ## measure the kernels
 	@$(BIN)/unify bench
 
 clean: ## remove the virtual environment and everything generated
-	rm -rf $(VENV) tour notebooks/executed build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) tour atlas notebooks/executed build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # A virtual environment that no longer runs is made again. setuptools comes first, from the constraints,

@@ -213,7 +213,7 @@ class Edge:
         said += [f"the child's {plain(array(name, child[name][0]))} = {plain(x)}" for name, x in self.restrict]
         return [*said, *map(str, self.assumptions), *self.domain]
 
-    def _rows(self) -> list[tuple[str, sp.Expr, sp.Expr]]:
+    def rows(self) -> list[tuple[str, sp.Expr, sp.Expr]]:
         """(argument or state, left, right) of everything but identities of arguments."""
         mine = {name: array(name, dims) for name, (dims, _) in signature(self.parent_triple).items()}
         held = {s.name: array(s.name, s.dims) for s in derive(self.parent_triple).states}
@@ -223,14 +223,14 @@ class Edge:
     def __str__(self):
         lines = [f"{self.name} ({self.claim}){'  new' if self.new else ''}", f"  {self.why}"]
         lines += [f"  {'with':<10}{x}" for x in self.conditions()]
-        lines += [f"  {kind:<10}{plain(left)} = {plain(right)}" for kind, left, right in self._rows()]
+        lines += [f"  {kind:<10}{plain(left)} = {plain(right)}" for kind, left, right in self.rows()]
         lines += [f"  {'output':<10}times {plain(self.output)}"] if self.output != 1 else []
         lines += [f"  {'bound':<10}theorem: {self.theorem}"] if self.theorem else []
         return "\n".join(lines)
 
     def latex(self) -> str:
         """The substitution, the relation and the output factor as an aligned LaTeX block."""
-        rows = [f"{tex(left)} &= {tex(right)}" for _, left, right in self._rows()]
+        rows = [f"{tex(left)} &= {tex(right)}" for _, left, right in self.rows()]
         rows += [rf"o_{{\text{{child}}}} &= {tex(self.output)} \, o_{{\text{{parent}}}}"] if self.output != 1 else []
         return aligned(rows)
 

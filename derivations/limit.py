@@ -62,7 +62,7 @@ class Obligation:
 
     def latex(self) -> str:
         """The identity as LaTeX."""
-        return f"{tex(self.left)} = {tex(self.right)}" + self.room.replace("eps", r"\varepsilon ")
+        return f"{tex(self.left)} = {tex(self.right)}" + self.room.replace("^1)", ")").replace("eps", r"\varepsilon")
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def test_too_wide_sees_a_wide_line():
 def test_help_and_version():
     page = unify()
     assert page == unify("--help")
-    assert all(name in page for name in "list show prove verify map recall bench tour".split())
+    assert all(name in page for name in "list show prove verify map atlas recall bench tour".split())
     assert too_wide(page) == []
     assert unify("--version") == f"unify {__version__}\n"
 

@@ -90,7 +90,10 @@ def test_wheel_is_complete_and_imports_from_elsewhere(tmp_path):
         names = wheel.namelist()
         wheel.extractall(site)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"unify", "unify_attention"}
-    assert "unify/py.typed" in names
+    pages = {
+        f"unify/atlas/{name}" for name in ("style.css", "script.js", "templates/base.html", "templates/model.html")
+    }
+    assert {"unify/py.typed"} | pages <= set(names)
 
     packages = SETUPTOOLS["packages"]
     code = f"import sys; sys.path.insert(0, {str(site)!r})\n"

@@ -1,5 +1,5 @@
-"""The command line: `unify list, show, prove, verify, map, recall, bench, tour`, and from `cli_...` `convert, inspect, eval`,
-`mqar`, `bytes` and `train`.
+"""The command line: `unify list, show, prove, verify, map, atlas, recall, bench, tour`, and from `cli_...` `convert, inspect,
+eval`, `mqar`, `bytes` and `train`.
 
 Heavy modules are imported inside the commands, so that `unify --help` answers at once. A mistake of the user's is one
 sentence on stderr and exit code 2; a proof or a check that fails is exit code 1.
@@ -421,6 +421,21 @@ def draw(
     with _progress(f"drawing {len(nodes)} models and {len(edges)} edges"):
         draw_map(nodes, edges, output)
     typer.echo(f"{output}: {len(nodes)} models, {len(edges)} edges")
+
+
+@app.command()
+def atlas(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="A new folder, or an older atlas.")
+    ] = Path("atlas"),
+) -> None:
+    """Write a web site of the map: every model, every edge with its proof and error, any two models side by side."""
+    from .atlas import write
+
+    with _progress("atlas:") as tick:
+        made = write(output, tick)
+    index = (output / "index.html").resolve()
+    typer.echo(f"{output}: {len(made.models)} models and {made.edges} edges; open {index.as_uri()} in a browser")
 
 
 TEXTS = (".py", ".txt", ".md")

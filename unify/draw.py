@@ -422,7 +422,7 @@ def _text_size(text, size, weight="normal"):
     return width / 72, 1.2 * size * len(lines) / 72
 
 
-def _wrap(text, width=WRAP):
+def wrap(text, width=WRAP):
     """Break at spaces, into three lines or so if the text is long."""
     width = max(width, len(text) // 3 + 4)
     return "\n".join(textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)) or text
@@ -433,8 +433,8 @@ class _Sheet:
 
     def __init__(self, nodes, lines, grid, paths):
         self.lines, self.grid, self.paths = lines, grid, paths
-        self.labels = {node.name: _wrap(node.label) for node in nodes}
-        self.families = {family: _text_size(_wrap(family, 11), 11, "bold") for family in grid.families}
+        self.labels = {node.name: wrap(node.label) for node in nodes}
+        self.families = {family: _text_size(wrap(family, 11), 11, "bold") for family in grid.families}
         self.lanes = defaultdict(list)  # (column, row) -> the pairs that pass there, from top to bottom
         for pair, path in paths.items():
             for i in range(1, len(path) - 1):
@@ -656,7 +656,7 @@ def _rectangle(axes, box, radius, **style):
 def _draw_bands(axes, plan, colours):
     for family, box in plan.bands.items():
         _rectangle(axes, box, 0.08, facecolor=_mix(colours[family], "#ffffff", 0.91), edgecolor="none", zorder=0)
-        axes.text(box.x0 + INSET, box.centre[1], _wrap(family, 11), size=11, weight="bold", va="center", ha="left",
+        axes.text(box.x0 + INSET, box.centre[1], wrap(family, 11), size=11, weight="bold", va="center", ha="left",
                   color=_mix(colours[family], "#000000", 0.35), zorder=1)  # fmt: skip
 
 

@@ -182,14 +182,24 @@ class _Writer:
     def __call__(self, expr) -> str:
         return self.add(sp.sympify(expr))
 
-    def add(self, expr: sp.Expr) -> str:
-        terms = sorted(sp.Add.make_args(expr), key=term_order)
-        out = ""
-        for n, term in enumerate(terms):
+    def terms(self, expr: sp.Expr) -> list[tuple[bool, str]]:
+        """The terms of a sum in reading order: (whether it is taken away, the term without its sign)."""
+        out = []
+        for term in sorted(sp.Add.make_args(expr), key=term_order):
             negative = term.could_extract_minus_sign()
-            sign = ("" if not negative else self.minus) if n == 0 else f" {self.minus if negative else '+'} "
-            out += sign + self.product(-term if negative else term)
+            out.append((negative, self.product(-term if negative else term)))
         return out
+
+    def joined(self, terms: Iterable[tuple[bool, str]]) -> str:
+        """Terms as one sum."""
+        out = ""
+        for n, (negative, text) in enumerate(terms):
+            sign = ("" if not negative else self.minus) if n == 0 else f" {self.minus if negative else '+'} "
+            out += sign + text
+        return out
+
+    def add(self, expr: sp.Expr) -> str:
+        return self.joined(self.terms(expr))
 
     def product(self, expr: sp.Expr) -> str:
         number, rest = expr.as_coeff_Mul()

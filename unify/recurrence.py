@@ -64,22 +64,29 @@ class Assign:
             return f"{target} = solve({show(self.solve)}, {show(self.expr)})"
         return f"{target} = {show(self.expr)}"
 
+    def sides(self, write) -> tuple[str, list[tuple[bool, str]]]:
+        """The left side, and the right side term by term (`terms` of the writer, one of `notation`'s)."""
+        from .notation import grouped, solved
+
+        left = write(array(self.name, tuple(d for d in self.dims if self.solve is None or d not in _KEYS)))
+        if self.solve is not None:
+            return left, [(False, solved(self.solve, self.expr, write))]
+        return left, write.terms(grouped(self.expr))
+
     def pretty(self) -> tuple[str, str]:
         """Both sides in Unicode."""
-        from .notation import grouped, pretty, solved
+        from .notation import pretty
 
-        right = pretty(grouped(self.expr)) if self.solve is None else solved(self.solve, self.expr, pretty)
-        return pretty(array(self.name, tuple(d for d in self.dims if self.solve is None or d not in _KEYS))), right
+        left, terms = self.sides(pretty)
+        return left, pretty.joined(terms)
 
     def latex(self, static: frozenset[str] | None = None) -> str:
         """The assignment as LaTeX. static: names that carry no t (`notation.static_names`)."""
-        from .notation import Latex, grouped, solved
+        from .notation import Latex
 
         write = Latex() if static is None else Latex(static)
-        right = write(grouped(self.expr)) if self.solve is None else solved(self.solve, self.expr, write)
-        return (
-            f"{write(array(self.name, tuple(d for d in self.dims if self.solve is None or d not in _KEYS)))} = {right}"
-        )
+        left, terms = self.sides(write)
+        return f"{left} = {write.joined(terms)}"
 
 
 def hashed_once(cls: type) -> type:

@@ -30,6 +30,8 @@ from .symbols import SIZE, K, V, array, arrays, i, j, name_of
 from .triple import Ridge, Triple
 
 if TYPE_CHECKING:
+    import sympy as sp
+
     from .models.zoo import Model
 
 WIDTH = 100
@@ -216,16 +218,17 @@ def energy_rows(stages: Stages, n: int) -> list[tuple[str, str]]:
     return [(lead[kind], pretty(expr)) for kind, expr in energy_parts(stages.energy, n)]
 
 
-def belief(stages: Stages) -> list[tuple[str, str]]:
-    """The moments of q_{t-1} that stand in F_t, in terms of the states."""
+def belief(stages: Stages) -> list[tuple[sp.Expr, sp.Expr]]:
+    """The moments of q_{t-1} that stand in F_t, in terms of the states: (moment, expression)."""
     e, (mean, precision) = stages.energy, stages.recurrence.moments[0]
     parts = [expr for n in range(len(e.losses)) for _, expr in energy_parts(e, n)]
     used = {name_of(x): x for expr in parts for x in arrays(expr)}
     rows = []
     if "mu" in used:
-        rows.append(("Λ μ", "M") if e.carried_full else (pretty(array("mu", (j, i))), pretty(mean)))
+        whole = array("Lambda") * array("mu"), array("M")
+        rows.append(whole if e.carried_full else (array("mu", (j, i)), mean))
     if "Lambda" in used:
-        rows.append((pretty(used["Lambda"]), pretty(precision)))
+        rows.append((used["Lambda"], precision))
     return rows
 
 
@@ -299,14 +302,15 @@ def view(model: Model, *, source: bool = False, kernel: bool = False, width: int
     )
     for title, backend, shown in wanted:
         if shown:
-            text = _source(s.triple, backend)
+            text = printed_source(s.triple, backend)
             parts += _section(
                 title, Syntax(text, "python", theme="ansi_dark", background_color="default", word_wrap=True)
             )
     return Group(*parts)
 
 
-def _source(triple: Triple, backend: str) -> str:
+def printed_source(triple: Triple, backend: str) -> str:
+    """The source of one token's step that an op prints for a backend: "torch" or "triton"."""
     from .op import compile
 
     return compile(triple, backend).source.rstrip()
@@ -375,7 +379,7 @@ def _energy(s: Stages, width: int) -> Iterable:
     held = belief(s)
     yield _formulas(rows, width)
     if held:
-        yield Text("where " + ",  ".join(f"{x} = {y}" for x, y in held))
+        yield Text("where " + ",  ".join(f"{pretty(x)} = {pretty(y)}" for x, y in held))
     yield Text(
         BELIEF + ("; m̃ and Λ̃ are q's moments before the observation" if any("̃" in x[2] for x in rows) else ""),
         style="dim",
@@ -431,7 +435,7 @@ def facts(s: Stages) -> list[tuple[str, str]]:
     rows.append(("because", s.plan.why))
     cost = s.recurrence.cost()
     for name, key, unit in (("state", "state", "floats a head"), ("work", "flops", "multiply-adds a token and head")):
-        rows.append((name, f"{polynomial(cost[key])} {unit}; {_number(cost[key])} at K = V = {AT}"))
+        rows.append((name, f"{polynomial(cost[key])} {unit}; {rounded(cost[key])} at K = V = {AT}"))
     return rows
 
 
@@ -441,7 +445,8 @@ def _floats(dims: tuple) -> str:
     return polynomial(sp.Mul(*(SIZE[d] for d in dims)))
 
 
-def _number(count) -> str:
+def rounded(count) -> str:
+    """A count at K = V = 64."""
     return f"{round(float(count.subs({K: AT, V: AT}))):,}"
 
 
@@ -534,11 +539,11 @@ def record(model: Model) -> dict:
         "why": s.plan.why,
         "micro_steps": s.plan.micro,
         "flops": str(r.cost()["flops"]),
-        "source": _source(model.triple, "torch"),
+        "source": printed_source(model.triple, "torch"),
     }
 
 
-_NOTATION = (
+NOTATION = (
     r"A state $X$ is $X_{t-1}$ before the token, $\tilde{X}_{t}$ after forgetting and $X_{t}$ after the token; "
     r"$\mu_{t-1}$ and $\Lambda_{t-1}$ are mean and precision of the belief before the token; $i$ runs over value "
     r"channels, $j$ and $l$ over key channels; $\mathrm{scale}$ is a factor on the query."
@@ -550,7 +555,7 @@ def document(model: Model) -> str:
     s, static = Stages(model), static_names(model.triple)
     legs = [(leg, "; ".join(_tex(f"{name}: {text}") for name, text in rows)) for leg, rows in words(model.triple)]
     names = (*s.recurrence.inputs, *s.recurrence.states)
-    symbols = [(f"${latex(_symbol(x, model.triple), static)}$", _tex(_meaning(x.name, model.triple))) for x in names]
+    symbols = [(f"${latex(symbol_of(x, model.triple), static)}$", _tex(_meaning(x.name, model.triple))) for x in names]
     body = [
         f"% {model.name}, every stage; needs amsmath and graphicx",
         rf"\subsection*{{{_tex(model.label)}}}",
@@ -564,7 +569,7 @@ def document(model: Model) -> str:
         *(r"\[", s.recurrence.latex(), r"\]"),
         r"\paragraph{Symbols}",
         *_description(symbols),
-        _NOTATION + "\n",
+        NOTATION + "\n",
         rf"Plan: {_tex(str(s.plan))}. State: ${polynomial_latex(s.recurrence.cost()['state'])}$ floats a head.",
     ]
     return "\n".join(body)
@@ -581,7 +586,8 @@ def polynomial_latex(expr) -> str:
     return sp.latex(expr)
 
 
-def _symbol(x, triple: Triple):
+def symbol_of(x, triple: Triple) -> sp.Expr:
+    """An input or a state as the equations write it."""
     return array("k_raw" if x.name == "k" and triple.architecture.key == "tempered" else x.name, x.dims)
 
 

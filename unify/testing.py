@@ -187,6 +187,7 @@ def assert_equivalent(
     constraint: Callable[[dict], dict] | Mapping[str, Value] | None = None,
     initial: Mapping[str, Value] | None = None,
     eps: Sequence[float] = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4),
+    fit: int | None = None,
     tolerance: float = 1e-12,
     seeds: Sequence[int] = (0, 1, 2),
     gates: str = "mixed",
@@ -207,6 +208,7 @@ def assert_equivalent(
     output: factor on the parent's output [B, T, H, V], in the same forms.
     order: None claims an identity, to `tolerance` relative to the largest entry. A number p claims that the error falls
         as eps ** p: the slope of log(error) by log(eps), where the error stands above rounding, must be p within 0.1.
+    eps, fit: where a limit is measured, and to how many of its smallest eps the slope is fitted, if not to all.
     constraint: what the claim asks of the child's arguments: f(x) -> x, such as `unit_keys`, or a substitution of them,
         which may depend on eps.
     initial: None starts both where they start by themselves. A substitution of the parent's states starts the child in
@@ -229,7 +231,8 @@ def assert_equivalent(
             raise AssertionError(f"{edge_name} is not exact: relative error {worst:.2e}, allowed {tolerance:.0e}")
         return Equivalence(*names, None, worst)
     errors = tuple(error(x) for x in eps)
-    slope = _slope(edge_name, eps, errors)
+    smallest = sorted(zip(eps, errors, strict=True))[:fit]
+    slope = _slope(edge_name, *zip(*smallest, strict=True))
     found = Equivalence(*names, order, errors[int(np.argmin(eps))], slope, tuple(eps), errors)
     if not abs(slope - order) <= 0.1:
         raise AssertionError(f"{found}: the error does not fall as eps^{order}")
