@@ -10,7 +10,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -57,31 +57,45 @@ def _figures(model, prompt: torch.Tensor, steps: int, device: str, repeats: int)
     return {"prefill": prompt.numel() / read, "decode": steps / step, "peak": peak}
 
 
+def _variants(model) -> Iterator[str]:
+    """The host's name, then that of each metaplastic form while the model has it."""
+    for variant in VARIANTS:
+        if variant != "host":
+            metaplastic(model, variant, quiet=True)
+        yield variant
+        if variant != "host":
+            unmetaplastic(model)
+
+
 @torch.no_grad()
 def measure(
     config, *, device: str, dtype: torch.dtype, prompt: int, steps: int = 64, repeats: int = 3, say=lambda text: None
 ) -> dict:
     """Figures of a host with random weights and of both its metaplastic forms, which start at importance zero.
 
-    error: ||logits - host's|| / ||host's|| on 2048 tokens (or the prompt, if that is shorter), in dtype;
-    prefill, decode: tokens a second, batch 1; peak: bytes.
+    On 2048 tokens (or the prompt, if that is shorter), as ||difference|| / ||logits||: exact, converted against host, both in
+    float32; error, against the host, both in dtype; rounding, against the float32 host in dtype: for the host itself, what
+    error is to be judged by. prefill, decode: tokens a second in dtype, batch 1; peak: bytes.
     """
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     ids = torch.randint(config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0)).to(device)
     logits = lambda: model(ids[:, :2048], use_cache=False).logits.float()  # noqa: E731
-    expected, found = logits(), {}
-    for variant in VARIANTS:
-        if variant != "host":
-            metaplastic(model, variant, quiet=True)
-        error = ((logits() - expected).norm() / expected.norm()).item()
-        found[variant] = {"error": error, **_figures(model, ids, steps, device, repeats)}
+    off = lambda x, y: ((x - y).norm() / y.norm()).item()  # noqa: E731
+    true, found = logits(), {}
+    for variant in _variants(model):
+        found[variant] = {"exact": off(logits(), true)}
+    model.to(dtype)
+    expected = logits()
+    for variant in _variants(model):
+        here = logits()
+        found[variant] |= {"error": off(here, expected), "rounding": off(here, true)}
+        del here
+        found[variant] |= _figures(model, ids, steps, device, repeats)
         say(f"{variant:9} " + ", ".join(f"{name} {x:.4g}" for name, x in found[variant].items()))
-        if variant != "host":
-            unmetaplastic(model)
     parameters = sum(p.numel() for p in model.parameters())
     return {"model_type": config.model_type, "parameters": parameters, "dtype": str(dtype).removeprefix("torch."),
             "prompt": prompt, "steps": steps, "variants": found}  # fmt: skip

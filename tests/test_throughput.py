@@ -15,8 +15,8 @@ def test_a_record_of_host_and_converted(tmp_path, capsys):
     throughput.main([*where, "--device", "cpu", "--dtype", "float32", "--prompt", "40", "--steps", "3"])
     record = json.loads((tmp_path / "record.json").read_text())
     assert list(record["variants"]) == ["host", "key", "diagonal"]
-    assert record["variants"]["host"]["error"] == 0
-    assert all(0 < record["variants"][v]["error"] < 1e-5 for v in ("key", "diagonal"))
+    assert record["variants"]["host"]["error"] == 0 == record["variants"]["host"]["exact"]
+    assert all(0 < record["variants"][v][x] < 1e-5 for v in ("key", "diagonal") for x in ("exact", "error", "rounding"))
     assert all(v["prefill"] > 0 and v["decode"] > 0 for v in record["variants"].values())
     assert record["parameters"] == sum(p.numel() for p in host("mamba2").parameters())
     assert "torch" in record["on"]
