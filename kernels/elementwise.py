@@ -76,12 +76,20 @@ GRADIENT = Tile(1, 2, 4, 8)  # 3.29; (1, 2, 8, 4) 3.45, (1, 1, 4, 8) 3.53
 # ---- launches --------------------------------------------------------------------------------------------------------
 
 
+def _sheets(*states: Tensor) -> tuple[Tensor, ...]:
+    """States [N, H, K, V] of the same strides, their matrices without gaps; what all sequences or heads share stays shared."""
+    whole = {x.stride() for x in states}
+    V = states[0].shape[3]
+    return states if len(whole) == 1 and whole.pop()[2:] == (V, 1) else tuple(x.contiguous() for x in states)
+
+
 class _Launch:
     """Sizes, chunks, prepared rows and options that forward and backward share."""
 
     def __init__(self, q, k, v, b, g, prior, bonus, spread, M0, I0, offsets, scale, before, variance, back):
         self.chunk = CHUNK_BACK if back else CHUNK
-        self.q, self.k, self.v, self.b, self.g, self.M0, self.I0 = (x.contiguous() for x in (q, k, v, b, g, M0, I0))
+        self.q, self.k, self.v, self.b, self.g = (x.contiguous() for x in (q, k, v, b, g))
+        self.M0, self.I0, self.offsets = M0, I0, offsets
         self.prior = prior.contiguous()
         self.spread = self.k if spread is None else spread.contiguous()
         self.bonus = self.prior if bonus is None else bonus.contiguous()
@@ -93,21 +101,7 @@ class _Launch:
         self.given, self.before = {"GIVEN": spread is not None}, {"BEFORE": before}
         self.read = {"PRIOR": prior.ndim, "BONUS": bonus is not None, "VARIANCE": variance} | self.before
         self.exact = "tf32" if q.dtype in (torch.bfloat16, torch.float16) else "ieee"
-        self._cut(offsets)
         self._prepare(back)
-
-    def _cut(self, offsets: Tensor) -> None:
-        """Chunks [slots, 2] of first token and end. Sequence n owns the slots from offsets[n] // chunk + n on: room enough,
-        found without a look at the offsets from the host; slots left over are empty."""
-        self.first = offsets[:-1] // self.chunk + torch.arange(self.N, device=offsets.device)
-        self.count = (offsets.diff() + self.chunk - 1) // self.chunk
-        slot = torch.arange(self.slots, device=offsets.device)
-        owner = torch.searchsorted(self.first, slot, right=True) - 1
-        start = offsets[owner] + (slot - self.first[owner]) * self.chunk
-        end = torch.minimum(start + self.chunk, offsets[owner + 1])
-        self.chunks = torch.nn.functional.pad(
-            torch.stack((start, end), 1), (0, 0, 0, 1)
-        )  # and one past the last, empty
 
     def _prepare(self, back: bool) -> None:
         """Rows of keys and queries with the factors of `forward.prepare`, and gates of segments."""
@@ -116,8 +110,8 @@ class _Launch:
         self.f, self.c = (self.new(*sizes[: self.g.ndim - 1]) for _ in range(2))
         self.flags = self.new(*sizes[:2], dtype=torch.int32)
         forward.prepare[(self.slots, self.H)](
-            self.q, self.k, self.spread, self.g, self.chunks, self.rows, self.f, self.c, self.flags, self.scale, self.H, self.K,
-            BLOCK=MARK, BK=triton.next_power_of_2(self.K), BACK=back, **self.given, **self.before, **self.gate, num_warps=4,
+            self.q, self.k, self.spread, self.g, self.offsets, self.rows, self.f, self.c, self.flags, self.scale, self.N, self.H, self.K,
+            C=self.chunk, BLOCK=MARK, BK=triton.next_power_of_2(self.K), BACK=back, **self.given, **self.before, **self.gate, num_warps=4,
         )  # fmt: skip
 
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -145,10 +139,11 @@ class _Launch:
 
     def scan(self, X: tuple, total: Tensor, starts: tuple, lasts: tuple, h0: int, heads: int, back: bool) -> None:
         step, block = SCAN
+        starts = _sheets(*starts)
         grid = (triton.cdiv(self.K * self.V, block) * self.N, heads)
         forward.scan[grid](
-            *X, total, self.first, self.count, *starts, *lasts, h0, self.H, self.K, self.V,
-            STEP=step, BLOCK=block, BACK=back, **self.gate, num_warps=1,
+            *X, total, self.offsets, *starts, *lasts, *starts[0].stride()[:2], h0, self.H, self.K, self.V,
+            C=self.chunk, STEP=step, BLOCK=block, BACK=back, **self.gate, num_warps=1,
         )  # fmt: skip
 
     def boundaries(self, h0: int, heads: int, M_T: Tensor, I_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,7 +155,7 @@ class _Launch:
         )
         grid = (self.slots * triton.cdiv(self.K, BK) * triton.cdiv(self.V, BV), heads)
         forward.deposits[grid](
-            self.k, self.spread, self.v, self.b, self.g, self.chunks, M, I, total, h0, self.H, self.K, self.V,
+            self.k, self.spread, self.v, self.b, self.g, self.offsets, M, I, total, self.N, h0, self.H, self.K, self.V,
             C=self.chunk, BT=min(DEPOSITS[0], self.chunk), BK=BK, BV=BV, PRECISION=self.exact, **self.given, **self.gate, num_warps=4,
         )  # fmt: skip
         self.scan((M, I), total, (self.M0, self.I0), (M_T, I_T), h0, heads, False)
@@ -184,8 +179,8 @@ def _forward(at: _Launch, variance: bool) -> tuple[Tensor, Tensor, Tensor, Tenso
         M, I, _ = at.boundaries(h0, heads, M_T, I_T)
         parts = at.new(NK, at.tokens, heads, 1 + variance, at.V)
         forward.read[(at.slots * NK * NV, heads)](
-            at.rows, at.k, at.v, at.b, at.f, at.c, at.flags, at.prior, at.bonus, M, I, at.chunks, parts,
-            at.tokens, h0, H=at.H, K=at.K, V=at.V, **options,
+            at.rows, at.k, at.v, at.b, at.f, at.c, at.flags, at.prior, at.bonus, M, I, at.offsets, parts,
+            at.N, at.tokens, h0, H=at.H, K=at.K, V=at.V, C=at.chunk, **options,
         )  # fmt: skip
         at.add(parts, (o, var) if variance else (o,), h0)
     return o, var, M_T, I_T
@@ -227,7 +222,7 @@ class _Backward:
         marks = at.new(at.slots, heads, self.marks, 2, at.K, at.V)
         backward.adjoint[(at.slots * NK * NV, heads)](
             at.rows, at.k, at.v, at.b, at.f, at.c, at.flags, at.prior, at.bonus, self.d_o, self.d_var, M, I,
-            at.chunks, full, marks, h0, H=at.H, K=at.K, V=at.V, C=at.chunk, MARK=MARK, **options,
+            at.offsets, full, marks, at.N, h0, H=at.H, K=at.K, V=at.V, C=at.chunk, MARK=MARK, **options,
         )  # fmt: skip
         if at.prior.ndim == 3:
             self.d_full[h0 : h0 + heads] = full.sum(0)
@@ -241,8 +236,8 @@ class _Backward:
         by_value = at.new(NK, at.tokens, heads, 2, at.V)
         ends = at.new(NV, at.slots, heads, at.K)
         backward.gradient[(at.slots * NK * NV, heads)](
-            at.rows, at.k, at.v, at.b, at.f, at.c, at.flags, at.prior, at.bonus, self.d_o, self.d_var, DM, DI, at.chunks,
-            marks, by_key, by_value, ends, at.tokens, at.slots, h0, H=at.H, K=at.K, V=at.V,
+            at.rows, at.k, at.v, at.b, at.f, at.c, at.flags, at.prior, at.bonus, self.d_o, self.d_var, DM, DI, at.offsets,
+            marks, by_key, by_value, ends, at.N, at.tokens, at.slots, h0, H=at.H, K=at.K, V=at.V,
             C=at.chunk, MARK=MARK, LIMIT=LIMIT.get(at.q.dtype, LIMIT_HALF), SUMS=self.sums, **options,
         )  # fmt: skip
         at.add(by_value, (self.dv, self.db), h0)
@@ -251,8 +246,8 @@ class _Backward:
     def _finish(self, h0, heads, by_key, ends):
         at = self.at
         backward.finish[(at.slots, heads)](
-            at.q, at.k, at.spread, at.f, at.prior, at.bonus, at.chunks, by_key, ends, self.dq, self.dk, self.d_spread, self.dg,
-            self.d_prior, self.d_bonus, at.scale, at.tokens, at.slots, h0, at.H, at.K, len(ends),
+            at.q, at.k, at.spread, at.f, at.prior, at.bonus, at.offsets, by_key, ends, self.dq, self.dk, self.d_spread, self.dg,
+            self.d_prior, self.d_bonus, at.scale, at.N, at.tokens, at.slots, h0, at.H, at.K, len(ends),
             C=at.chunk, SUMS=self.sums, BK=32, **at.gate, **at.given, **at.read, num_warps=8,
         )  # fmt: skip
 

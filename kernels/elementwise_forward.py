@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from unify.kernels.chunk import locate
+
 RESET = tl.constexpr(-2.0)  # a log decay below this starts a new segment
 NONE = tl.constexpr(-1000.0)  # exp of it is 0 in every type
 # Triton gives a thread 16 neighbouring bytes of a load, then deals lanes out axis by axis, those without neighbours in the order
@@ -151,9 +153,9 @@ def _since(starts, x, WIDE: tl.constexpr):
     return tl.associative_scan((starts, tl.where(starts != 0, 0.0, x)), 0, _segment)[1]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def prepare(
-    q, k, spread, g, chunks, rows, f, c, flags, scale, H: tl.constexpr, K: tl.constexpr,
+    q, k, spread, g, offsets, rows, f, c, flags, scale, N, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
     BLOCK: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr, GIVEN: tl.constexpr, BEFORE: tl.constexpr,
     BACK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -165,7 +167,7 @@ def prepare(
     segment starts; at the first token of a block, how many start in the block.
     """
     slot, h = tl.program_id(0), tl.program_id(1)
-    start, end = tl.load(chunks + 2 * slot), tl.load(chunks + 2 * slot + 1)
+    start, end = locate(slot, offsets, N, C)
     if start >= end:
         return
     n, order, j = (end - start).to(tl.int32), tl.arange(0, BLOCK), tl.arange(0, BK)
@@ -220,9 +222,9 @@ def prepare(
 # ---- states at the chunks' starts ------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["h0"])
+@triton.jit(do_not_specialize=["N", "h0"])
 def deposits(
-    k, spread, v, b, g, chunks, M, I, total, h0, H, K, V,
+    k, spread, v, b, g, offsets, M, I, total, N, h0, H, K, V,
     C: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, WIDE: tl.constexpr, GIVEN: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -230,7 +232,7 @@ def deposits(
     NK, NV = tl.cdiv(K, BK), tl.cdiv(V, BV)
     slot, tile = tl.program_id(0) // (NK * NV), tl.program_id(0) % (NK * NV)
     head, heads = tl.program_id(1), tl.num_programs(1)
-    start, end = tl.load(chunks + 2 * slot), tl.load(chunks + 2 * slot + 1)
+    start, end = locate(slot, offsets, N, C)
     if start >= end:
         return
     h, n = h0 + head, (end - start).to(tl.int32)
@@ -285,19 +287,22 @@ def _chunks(X, Y, total, slot, rows, n, heads, head, e, K, V, WIDE: tl.constexpr
 
 @triton.jit(do_not_specialize=["h0"])
 def scan(
-    X, Y, total, first, count, start_x, start_y, last_x, last_y, h0, H, K, V,
-    STEP: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, BACK: tl.constexpr, ACC: tl.constexpr,
+    X, Y, total, offsets, start_x, start_y, last_x, last_y, row, sheet, h0, H, K, V,
+    C: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, BACK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """In place, X[chunk] := the state before it came, state := exp(total) state + X, over a sequence's chunks, and so for Y;
-    BACK: from the last chunk to the first. STEP chunks at once, and the next ones are loaded before these are stored."""
+    BACK: from the last chunk to the first. STEP chunks at once, and the next ones are loaded before these are stored.
+    start_x and start_y are [N, H, K, V], `row` apart from sequence to sequence and `sheet` from head to head."""
     blocks = tl.cdiv(K * V, BLOCK)
     sequence, head, heads = tl.program_id(0) // blocks, tl.program_id(1), tl.num_programs(1)
     e, order = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK), tl.arange(0, STEP)
     inside = e < K * V
-    n, slot = tl.load(count + sequence).to(tl.int32), tl.load(first + sequence)
+    begin = tl.load(offsets + sequence)
+    slot, n = begin // C + sequence, tl.cdiv(tl.load(offsets + sequence + 1) - begin, C).to(tl.int32)
+    given = sequence.to(tl.int64) * row + (h0 + head) * sheet + e
     ends = (sequence.to(tl.int64) * H + h0 + head) * K * V + e
-    x = tl.load(start_x + ends, mask=inside, other=0.0).to(ACC)
-    y = tl.load(start_y + ends, mask=inside, other=0.0).to(ACC)
+    x = tl.load(start_x + given, mask=inside, other=0.0).to(ACC)
+    y = tl.load(start_y + given, mask=inside, other=0.0).to(ACC)
     a1, x1, y1 = _chunks(X, Y, total, slot, order, n, heads, head, e, K, V, WIDE, BACK)
     zeroth = ((slot + (n - 1 if BACK else 0)) * heads + head) * K * V + e
     tl.store(X + zeroth, x, mask=inside & (n > 0))
@@ -339,10 +344,10 @@ def load_write(rows, v, b, j, i, K, V, KFULL: tl.constexpr, VFULL: tl.constexpr,
     return kt, st, load_row(v, i, V, VFULL).to(ACC), load_row(b, i, V, VFULL).to(ACC)
 
 
-@triton.jit(do_not_specialize=["h0", "tokens"])
+@triton.jit(do_not_specialize=["N", "h0", "tokens"])
 def read(
-    rows, k, v, b, f, c, flags, prior, bonus, M, I, chunks, o, tokens, h0,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    rows, k, v, b, f, c, flags, prior, bonus, M, I, offsets, o, N, tokens, h0,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
     KH: tl.constexpr, VR: tl.constexpr, KL: tl.constexpr, VL: tl.constexpr, NK: tl.constexpr, NV: tl.constexpr,
     KFULL: tl.constexpr, VFULL: tl.constexpr, WIDE: tl.constexpr, PRIOR: tl.constexpr, BEFORE: tl.constexpr,
     BONUS: tl.constexpr, VARIANCE: tl.constexpr, FAST: tl.constexpr, ACC: tl.constexpr,
@@ -351,7 +356,7 @@ def read(
     states times f."""
     slot, tile = tl.program_id(0) // (NK * NV), tl.program_id(0) % (NK * NV)
     head, heads = tl.program_id(1), tl.num_programs(1)
-    start, end = tl.load(chunks + 2 * slot), tl.load(chunks + 2 * slot + 1)
+    start, end = locate(slot, offsets, N, C)
     if start >= end:
         return
     h, n = h0 + head, (end - start).to(tl.int32)

@@ -158,6 +158,15 @@ def test_heads_in_groups(small, monkeypatch):
     compare(*case((3, 2), 2, 3, 4), ROUNDING)
 
 
+def test_a_start_that_all_share(small):
+    x, offsets = case((5, 3), 2, 3, 4)
+    x |= {name: x[name][:1, :1].expand_as(x[name]) for name in ("M0", "I0")}
+    arguments = [x[name] for name in NAMES[:8]]
+    got = dict(enumerate(elementwise(*arguments, offsets, scale=0.7)))
+    want = dict(enumerate(loop(*arguments, offsets.tolist(), scale=0.7)))
+    assert max(errors(got, {n: y for n, y in want.items() if y is not None}).values()) < ROUNDING
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 1e-2)])
 def test_narrow_inputs_in_full_tiles(dtype, tolerance):
     compare(*case((6,), 1, 20, 12, dtype=dtype), tolerance)
