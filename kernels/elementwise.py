@@ -66,7 +66,9 @@ class Tile(NamedTuple):
 
 
 # Blocks and tiles, with milliseconds on an H200 at B 2, T 4096, H 16, K 96, V 192, bfloat16, torch 2.11, Triton 3.6.0:
-DEPOSITS = 64, 32, 128  # tokens, key and value channels: 0.51; (32, 32, 64) 0.58, (64, 64, 64) 0.73, (32, 64, 128) 1.09
+WALK = 1  # programs for each token of a chunk from which on a walk over the chunks beats deposits and a scan: it takes about
+# 1 us for 64 tokens of a sequence however many programs run, they move the states at all chunks' starts three times more
+DEPOSITS = 64, 32, 64  # tokens, key and value channels: 0.51; (32, 32, 64) 0.58, (64, 64, 64) 0.73, (32, 64, 128) 1.09
 SCAN = 16, 64  # chunks and channels; (8, 64) 0.64, (4, 128) 0.75, (4, 64) 0.91, (2, 256) 1.36
 READ = Tile(2, 1, 4, 8)  # 0.99; (2, 1, 2, 16) 0.98, (1, 1, 4, 8) 1.06, (1, 2, 4, 8) 1.07, (4, 1, 2, 16) 1.5
 ADJOINT = Tile(1, 1, 4, 8)  # 1.71; (1, 1, 2, 16) 1.72, (2, 1, 4, 8) 1.89
@@ -100,8 +102,16 @@ class _Launch:
         self.gate = {"WIDE": g.ndim == 4, "ACC": tl.float64 if q.dtype == torch.float64 else tl.float32}
         self.given, self.before = {"GIVEN": spread is not None}, {"BEFORE": before}
         self.read = {"PRIOR": prior.ndim, "BONUS": bonus is not None, "VARIANCE": variance} | self.before
-        self.exact = "tf32" if q.dtype in (torch.bfloat16, torch.float16) else "ieee"
+        self.products = self._products()
         self._prepare(back)
+
+    def _products(self) -> dict:
+        """How writes are multiplied. bfloat16 values are exact as they are, and the keys' factors are split in two of them (an
+        interpreted product of bfloat16 is wrong: float32 there); otherwise tf32 for half precision, which float16 overflows."""
+        if self.v.dtype == self.b.dtype == torch.bfloat16 and not triton.knobs.runtime.interpret:
+            return {"DT": tl.bfloat16, "PRECISION": "ieee"}
+        half = self.q.dtype in (torch.bfloat16, torch.float16)
+        return {"DT": self.gate["ACC"], "PRECISION": "tf32" if half else "ieee"}
 
     def _prepare(self, back: bool) -> None:
         """Rows of keys and queries with the factors of `forward.prepare`, and gates of segments."""
@@ -153,12 +163,18 @@ class _Launch:
         BK, BV = (
             max(16, min(n, triton.next_power_of_2(x))) for n, x in zip(DEPOSITS[1:], (self.K, self.V), strict=True)
         )
-        grid = (self.slots * triton.cdiv(self.K, BK) * triton.cdiv(self.V, BV), heads)
-        forward.deposits[grid](
-            self.k, self.spread, self.v, self.b, self.g, self.offsets, M, I, total, self.N, h0, self.H, self.K, self.V,
-            C=self.chunk, BT=min(DEPOSITS[0], self.chunk), BK=BK, BV=BV, PRECISION=self.exact, **self.given, **self.gate, num_warps=4,
-        )  # fmt: skip
-        self.scan((M, I), total, (self.M0, self.I0), (M_T, I_T), h0, heads, False)
+        tiles = triton.cdiv(self.K, BK) * triton.cdiv(self.V, BV)
+        writes = self.k, self.spread, self.v, self.b, self.g, self.offsets, M, I, total
+        blocks = {"C": self.chunk, "BT": min(DEPOSITS[0], self.chunk), "BK": BK, "BV": BV, "num_warps": 4}
+        blocks |= {**self.products, **self.given, **self.gate}
+        if self.N * heads * tiles >= WALK * self.chunk:
+            starts = _sheets(self.M0, self.I0)
+            forward.walk[(self.N * tiles, heads)](
+                *writes, *starts, M_T, I_T, *starts[0].stride()[:2], h0, self.H, self.K, self.V, **blocks
+            )  # fmt: skip
+        else:
+            forward.deposits[(self.slots * tiles, heads)](*writes, self.N, h0, self.H, self.K, self.V, **blocks)
+            self.scan((M, I), total, (self.M0, self.I0), (M_T, I_T), h0, heads, False)
         return M, I, total
 
     def add(self, parts: Tensor, outs: tuple[Tensor, ...], h0: int) -> None:

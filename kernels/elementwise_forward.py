@@ -222,11 +222,56 @@ def prepare(
 # ---- states at the chunks' starts ------------------------------------------------------------------------------------
 
 
+@triton.jit
+def _write(S, x, y, DT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):
+    """S + y^T x. DT narrower than ACC: y is exact in it, and x enters as the sum of what DT holds and of the rest."""
+    if DT == ACC:
+        return tl.dot(tl.trans(y.to(ACC)), x, S, input_precision=PRECISION, out_dtype=ACC)
+    else:
+        high, y = x.to(DT), tl.trans(y.to(DT))
+        return tl.dot(y, (x - high.to(ACC)).to(DT), tl.dot(y, high, S, out_dtype=ACC), out_dtype=ACC)
+
+
+@triton.jit
+def _keep_total(total, at, lost, j, K, tile, NV, WIDE: tl.constexpr):
+    """Store a chunk's log decay, once: a number a head, or one a key channel."""
+    if WIDE:
+        tl.store(total + at * K + j, lost, mask=(j < K) & (tile % NV == 0))
+    else:
+        tl.store(total + at + j * 0, lost, mask=(j == 0) & (tile == 0))
+
+
+@triton.jit
+def _add(
+    M, I, k, spread, v, b, g, first, n, h, H, K, V, j, i,
+    BT: tl.constexpr, WIDE: tl.constexpr, GIVEN: tl.constexpr, ACC: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The states [BV, BK] after the next BT of n > 0 tokens, and their log decay, a number or [BK]."""
+    order = tl.arange(0, BT)
+    behind = (order + 1 < n) & (order + 1 < BT)
+    keys = (first * H + h) * K + order[:, None] * (H * K) + j[None, :]
+    values = (first * H + h) * V + order[:, None] * (H * V) + i[None, :]
+    key, value = (order < n)[:, None] & (j < K)[None, :], (order < n)[:, None] & (i < V)[None, :]
+    if WIDE:
+        later = tl.load(g + keys + H * K, mask=behind[:, None] & (j < K)[None, :], other=0.0).to(ACC)
+        loss = tl.sum(later, 0) + tl.load(g + (first * H + h) * K + j, mask=j < K, other=0.0).to(ACC)
+        keep, kept = tl.exp(tl.cumsum(later, 0, reverse=True)), tl.exp(loss)[None, :]
+    else:
+        later = tl.load(g + (first * H + h) + (order + 1) * H, mask=behind, other=0.0).to(ACC)
+        loss = tl.sum(later, 0) + tl.load(g + first * H + h).to(ACC)
+        keep, kept = tl.exp(tl.cumsum(later, 0, reverse=True))[:, None], tl.exp(loss)
+    x = tl.load(k + keys, mask=key, other=0.0).to(ACC)
+    s = tl.load(spread + keys, mask=key, other=0.0).to(ACC) if GIVEN else x * x
+    y = tl.load(v + values, mask=value, other=0.0)
+    z = tl.load(b + values, mask=value, other=0.0)
+    return _write(M * kept, x * keep, y, DT, PRECISION, ACC), _write(I * kept, s * keep, z, DT, PRECISION, ACC), loss
+
+
 @triton.jit(do_not_specialize=["N", "h0"])
 def deposits(
-    k, spread, v, b, g, offsets, M, I, total, N, h0, H, K, V,
+    k, spread, v, b, g, offsets, M, I, total, N, h0, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, WIDE: tl.constexpr, GIVEN: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What each chunk adds to the states at its end, and its log decay."""
     NK, NV = tl.cdiv(K, BK), tl.cdiv(V, BV)
@@ -237,37 +282,50 @@ def deposits(
         return
     h, n = h0 + head, (end - start).to(tl.int32)
     j, i = tile // NV * BK + tl.arange(0, BK), tile % NV * BV + tl.arange(0, BV)
-    to_M, to_I = tl.zeros([BK, BV], ACC), tl.zeros([BK, BV], ACC)
-    after = tl.zeros([BK], ACC)  # log decay of the tokens behind the block
-    for back in range(0, C, BT):
-        t = C - BT - back + tl.arange(0, BT)
-        key, value = (t < n)[:, None] & (j < K)[None, :], (t < n)[:, None] & (i < V)[None, :]
-        keys = (start * H + h) * K + t[:, None] * (H * K) + j[None, :]
-        values = (start * H + h) * V + t[:, None] * (H * V) + i[None, :]
-        if WIDE:
-            later = tl.load(g + keys + H * K, mask=(t + 1 < n)[:, None] & (j < K)[None, :], other=0.0).to(ACC)
-        else:
-            later = tl.load(g + (start + t + 1) * H + h, mask=t + 1 < n, other=0.0).to(ACC)
-            later = later[:, None] + tl.zeros([BT, BK], ACC)
-        keep = tl.exp(tl.cumsum(later, 0, reverse=True) + after[None, :])
-        after += tl.sum(later, 0)
-        x = tl.load(k + keys, mask=key, other=0.0).to(ACC)
-        s = tl.load(spread + keys, mask=key, other=0.0).to(ACC) if GIVEN else x * x
-        y = tl.load(v + values, mask=value, other=0.0).to(ACC)
-        z = tl.load(b + values, mask=value, other=0.0).to(ACC)
-        to_M += tl.dot(tl.trans(x * keep), y, input_precision=PRECISION, out_dtype=ACC)
-        to_I += tl.dot(tl.trans(s * keep), z, input_precision=PRECISION, out_dtype=ACC)
+    to_M, to_I, lost = tl.zeros([BV, BK], ACC), tl.zeros([BV, BK], ACC), tl.zeros([BK], ACC)
+    for t in range(0, n, BT):
+        to_M, to_I, loss = _add(
+            to_M, to_I, k, spread, v, b, g, start + t, n - t, h, H, K, V, j, i, BT, WIDE, GIVEN, ACC, DT, PRECISION
+        )  # fmt: skip
+        lost += loss
     at = slot.to(tl.int64) * heads + head
-    if WIDE:
-        after += tl.load(g + (start * H + h) * K + j, mask=j < K, other=0.0).to(ACC)
-        tl.store(total + at * K + j, after, mask=(j < K) & (tile % NV == 0))
-    else:
-        after += tl.load(g + start * H + h).to(ACC)
-        tl.store(total + at + j * 0, after, mask=(j == 0) & (tile == 0))
-    out = at * K * V + j[:, None] * V + i[None, :]
-    inside = (j < K)[:, None] & (i < V)[None, :]
+    _keep_total(total, at, lost, j, K, tile, NV, WIDE)
+    out, inside = at * K * V + j[None, :] * V + i[:, None], (j < K)[None, :] & (i < V)[:, None]
     tl.store(M + out, to_M, mask=inside)
     tl.store(I + out, to_I, mask=inside)
+
+
+@triton.jit(do_not_specialize=["h0"])
+def walk(
+    k, spread, v, b, g, offsets, M, I, total, start_M, start_I, last_M, last_I, row, sheet, h0,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    WIDE: tl.constexpr, GIVEN: tl.constexpr, ACC: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The states at every chunk's start and the chunks' log decays, from chunk to chunk: `deposits` and `scan` in one, for
+    when there are enough sequences, heads and tiles to fill the GPU. start_M and start_I as in `scan`."""
+    NK, NV = tl.cdiv(K, BK), tl.cdiv(V, BV)
+    sequence, tile = tl.program_id(0) // (NK * NV), tl.program_id(0) % (NK * NV)
+    head, heads = tl.program_id(1), tl.num_programs(1)
+    begin, finish, h = tl.load(offsets + sequence), tl.load(offsets + sequence + 1), h0 + head
+    j, i = tile // NV * BK + tl.arange(0, BK), tile % NV * BV + tl.arange(0, BV)
+    element, inside = j[None, :] * V + i[:, None], (j < K)[None, :] & (i < V)[:, None]
+    given = sequence.to(tl.int64) * row + h * sheet
+    S = tl.load(start_M + given + element, mask=inside, other=0.0).to(ACC)
+    P = tl.load(start_I + given + element, mask=inside, other=0.0).to(ACC)
+    at, n, lost = (begin // C + sequence) * heads + head, (finish - begin).to(tl.int32), tl.zeros([BK], ACC)
+    for t in range(0, n, BT):
+        if t % C == 0:
+            tl.store(M + at * K * V + element, S, mask=inside)
+            tl.store(I + at * K * V + element, P, mask=inside)
+        S, P, loss = _add(
+            S, P, k, spread, v, b, g, begin + t, n - t, h, H, K, V, j, i, BT, WIDE, GIVEN, ACC, DT, PRECISION
+        )  # fmt: skip
+        lost = tl.where(t % C == 0, 0.0, lost) + loss
+        _keep_total(total, at, lost, j, K, tile, NV, WIDE)  # of the chunk as far as it has come; the last one stays
+        at += tl.where((t + BT) % C == 0, heads, 0)
+    ends = (sequence.to(tl.int64) * H + h) * K * V + element
+    tl.store(last_M + ends, S, mask=inside)
+    tl.store(last_I + ends, P, mask=inside)
 
 
 @triton.jit

@@ -119,6 +119,7 @@ def small(monkeypatch):
     monkeypatch.setattr(kernels, "CHUNK_BACK", 8)
     monkeypatch.setattr(kernels, "MARK", 4)
     monkeypatch.setattr(kernels, "SCAN", (2, 16))
+    monkeypatch.setattr(kernels, "WALK", 0)
     for name in ("READ", "ADJOINT", "GRADIENT"):
         monkeypatch.setattr(kernels, name, Tile(1, 1, 1, 2))
 
@@ -140,8 +141,9 @@ def split(variant):
     return {name: y for name, y in variant.items() if name not in options}, options
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_equals_the_loop(variant, small):
+@pytest.mark.parametrize("variant, walk", [*((name, 0) for name in VARIANTS), ("plain", 999), ("everything", 999)])
+def test_equals_the_loop(variant, walk, small, monkeypatch):
+    monkeypatch.setattr(kernels, "WALK", walk)  # one walk through the chunks' starts, or deposits and a scan
     inputs, options = split(VARIANTS[variant])
     compare(*case((1, 9, 2), 1, 5, 10, **inputs), ROUNDING, **options)
 
