@@ -11,6 +11,8 @@ if not torch.cuda.is_available():
 
 pytest.importorskip("triton")
 
+from triton import language as tl
+
 from unify.kernels import elementwise as kernels
 from unify.kernels.elementwise import Tile, elementwise
 
@@ -172,6 +174,17 @@ def test_a_start_that_all_share(small):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 1e-2)])
 def test_narrow_inputs_in_full_tiles(dtype, tolerance):
     compare(*case((6,), 1, 20, 12, dtype=dtype), tolerance)
+
+
+@pytest.mark.parametrize("walk", [0, 999])
+def test_keys_split_in_two_halves_keep_their_precision(walk, monkeypatch):
+    """As for bfloat16 on a GPU; with float16, whose products the interpreter can do. One half alone would be off by 2e-4."""
+    monkeypatch.setattr(kernels, "WALK", walk)
+    monkeypatch.setattr(kernels._Launch, "_products", lambda self: {"DT": tl.float16, "PRECISION": "ieee"})
+    x, offsets = case((40,), 1, 20, 12, dtype=torch.float16)
+    *_, M, I = elementwise(*(x[name] for name in NAMES[:8]), offsets, scale=0.7)
+    *_, M_want, I_want = loop(*(x[name].double() for name in NAMES[:8]), offsets.tolist(), scale=0.7)
+    assert max(errors({"M": M, "I": I}, {"M": M_want, "I": I_want}).values()) < 1e-6
 
 
 def test_bonus_needs_a_read_before():
