@@ -67,7 +67,7 @@ class Tile(NamedTuple):
 
 
 # Blocks and tiles. Numbers are milliseconds on an H200 at B 2, T 4096, H 16, K 96, V 192, bfloat16, torch 2.11, Triton 3.6.0.
-DEPOSITS = 64, 32, 64  # tokens, key and value channels, also of the walk: not timed since they share their step
+DEPOSITS = 64, 32, 64  # tokens of 2-byte numbers (32 of 4), key and value channels, also of the walk: not timed so far
 WALK = 1  # programs for each token of a chunk from which on a walk over the chunks beats deposits and a scan: it takes about
 # 1 us for 64 tokens of a sequence however many programs run; those move the states at all chunks' starts three times more
 SCAN = 16, 64  # chunks and channels; (8, 64) 0.64, (4, 128) 0.75, (4, 64) 0.91, (2, 256) 1.36
@@ -166,7 +166,8 @@ class _Launch:
         )
         tiles = triton.cdiv(self.K, BK) * triton.cdiv(self.V, BV)
         writes = self.k, self.spread, self.v, self.b, self.g, self.offsets, M, I, total
-        blocks = {"C": self.chunk, "BT": min(DEPOSITS[0], self.chunk), "BK": BK, "BV": BV, "num_warps": 4}
+        BT = min(2 * DEPOSITS[0] // self.q.element_size(), self.chunk)
+        blocks = {"C": self.chunk, "BT": BT, "BK": BK, "BV": BV, "num_warps": 4}
         blocks |= {**self.products, **self.given, **self.gate}
         if self.N * heads * tiles >= WALK * self.chunk:
             starts = _sheets(self.M0, self.I0)
