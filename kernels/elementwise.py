@@ -20,7 +20,8 @@ token. The decay's gradient is a sum over the later tokens of the chunk (<adjoin
 less what is written), so it needs no state of its own. No state is ever divided by a decay, and every sum has a fixed order.
 
 A thread of a warp of KL x VL lanes holds KH times 4 neighbouring keys by VR times 4 neighbouring values. A sum over keys costs
-shuffles among KL lanes only, one over values among VL.
+shuffles among KL lanes only, one over values among VL. Forward a program goes through all keys of its values, one block of them
+after the other, and adds to its own sums in memory; backward each block has its own program, and the blocks' sums are added up after.
 """
 
 from __future__ import annotations
@@ -65,8 +66,10 @@ class Tile(NamedTuple):
         return Tile(min(self.KH, room(K, self.KL)), min(self.VR, room(V, self.VL)), self.KL, self.VL)
 
 
-# Blocks and tiles, with milliseconds on an H200 at B 2, T 4096, H 16, K 96, V 192, bfloat16, torch 2.11, Triton 3.6.0:
-DEPOSITS = 64, 32, 128  # tokens, key and value channels: 0.51; (32, 32, 64) 0.58, (64, 64, 64) 0.73, (32, 64, 128) 1.09
+# Blocks and tiles. Numbers are milliseconds on an H200 at B 2, T 4096, H 16, K 96, V 192, bfloat16, torch 2.11, Triton 3.6.0.
+DEPOSITS = 64, 32, 64  # tokens of 2-byte numbers (32 of 4), key and value channels, also of the walk: not timed so far
+WALK = 1  # programs for each token of a chunk from which on a walk over the chunks beats deposits and a scan: it takes about
+# 1 us for 64 tokens of a sequence however many programs run; those move the states at all chunks' starts three times more
 SCAN = 16, 64  # chunks and channels; (8, 64) 0.64, (4, 128) 0.75, (4, 64) 0.91, (2, 256) 1.36
 READ = Tile(2, 1, 4, 8)  # 0.99; (2, 1, 2, 16) 0.98, (1, 1, 4, 8) 1.06, (1, 2, 4, 8) 1.07, (4, 1, 2, 16) 1.5
 ADJOINT = Tile(1, 1, 4, 8)  # 1.71; (1, 1, 2, 16) 1.72, (2, 1, 4, 8) 1.89
@@ -76,12 +79,20 @@ GRADIENT = Tile(1, 2, 4, 8)  # 3.29; (1, 2, 8, 4) 3.45, (1, 1, 4, 8) 3.53
 # ---- launches --------------------------------------------------------------------------------------------------------
 
 
+def _sheets(*states: Tensor) -> tuple[Tensor, ...]:
+    """States [N, H, K, V] of the same strides, their matrices without gaps; what all sequences or heads share stays shared."""
+    whole = {x.stride() for x in states}
+    V = states[0].shape[3]
+    return states if len(whole) == 1 and whole.pop()[2:] == (V, 1) else tuple(x.contiguous() for x in states)
+
+
 class _Launch:
     """Sizes, chunks, prepared rows and options that forward and backward share."""
 
     def __init__(self, q, k, v, b, g, prior, bonus, spread, M0, I0, offsets, scale, before, variance, back):
         self.chunk = CHUNK_BACK if back else CHUNK
-        self.q, self.k, self.v, self.b, self.g, self.M0, self.I0 = (x.contiguous() for x in (q, k, v, b, g, M0, I0))
+        self.q, self.k, self.v, self.b, self.g = (x.contiguous() for x in (q, k, v, b, g))
+        self.M0, self.I0, self.offsets = M0, I0, offsets
         self.prior = prior.contiguous()
         self.spread = self.k if spread is None else spread.contiguous()
         self.bonus = self.prior if bonus is None else bonus.contiguous()
@@ -92,22 +103,16 @@ class _Launch:
         self.gate = {"WIDE": g.ndim == 4, "ACC": tl.float64 if q.dtype == torch.float64 else tl.float32}
         self.given, self.before = {"GIVEN": spread is not None}, {"BEFORE": before}
         self.read = {"PRIOR": prior.ndim, "BONUS": bonus is not None, "VARIANCE": variance} | self.before
-        self.exact = "tf32" if q.dtype in (torch.bfloat16, torch.float16) else "ieee"
-        self._cut(offsets)
+        self.products = self._products()
         self._prepare(back)
 
-    def _cut(self, offsets: Tensor) -> None:
-        """Chunks [slots, 2] of first token and end. Sequence n owns the slots from offsets[n] // chunk + n on: room enough,
-        found without a look at the offsets from the host; slots left over are empty."""
-        self.first = offsets[:-1] // self.chunk + torch.arange(self.N, device=offsets.device)
-        self.count = (offsets.diff() + self.chunk - 1) // self.chunk
-        slot = torch.arange(self.slots, device=offsets.device)
-        owner = torch.searchsorted(self.first, slot, right=True) - 1
-        start = offsets[owner] + (slot - self.first[owner]) * self.chunk
-        end = torch.minimum(start + self.chunk, offsets[owner + 1])
-        self.chunks = torch.nn.functional.pad(
-            torch.stack((start, end), 1), (0, 0, 0, 1)
-        )  # and one past the last, empty
+    def _products(self) -> dict:
+        """How writes are multiplied. bfloat16 values are exact as they are, and the keys' factors are split in two of them (an
+        interpreted product of bfloat16 is wrong: float32 there); otherwise tf32 for half precision, which float16 overflows."""
+        if self.v.dtype == self.b.dtype == torch.bfloat16 and not triton.knobs.runtime.interpret:
+            return {"DT": tl.bfloat16, "PRECISION": "ieee"}
+        half = self.q.dtype in (torch.bfloat16, torch.float16)
+        return {"DT": self.gate["ACC"], "PRECISION": "tf32" if half else "ieee"}
 
     def _prepare(self, back: bool) -> None:
         """Rows of keys and queries with the factors of `forward.prepare`, and gates of segments."""
@@ -116,8 +121,8 @@ class _Launch:
         self.f, self.c = (self.new(*sizes[: self.g.ndim - 1]) for _ in range(2))
         self.flags = self.new(*sizes[:2], dtype=torch.int32)
         forward.prepare[(self.slots, self.H)](
-            self.q, self.k, self.spread, self.g, self.chunks, self.rows, self.f, self.c, self.flags, self.scale, self.H, self.K,
-            BLOCK=MARK, BK=triton.next_power_of_2(self.K), BACK=back, **self.given, **self.before, **self.gate, num_warps=4,
+            self.q, self.k, self.spread, self.g, self.offsets, self.rows, self.f, self.c, self.flags, self.scale, self.N, self.H, self.K,
+            C=self.chunk, BLOCK=MARK, BK=triton.next_power_of_2(self.K), BACK=back, **self.given, **self.before, **self.gate, num_warps=4,
         )  # fmt: skip
 
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -145,10 +150,11 @@ class _Launch:
 
     def scan(self, X: tuple, total: Tensor, starts: tuple, lasts: tuple, h0: int, heads: int, back: bool) -> None:
         step, block = SCAN
+        starts = _sheets(*starts)
         grid = (triton.cdiv(self.K * self.V, block) * self.N, heads)
         forward.scan[grid](
-            *X, total, self.first, self.count, *starts, *lasts, h0, self.H, self.K, self.V,
-            STEP=step, BLOCK=block, BACK=back, **self.gate, num_warps=1,
+            *X, total, self.offsets, *starts, *lasts, *starts[0].stride()[:2], h0, self.H, self.K, self.V,
+            C=self.chunk, STEP=step, BLOCK=block, BACK=back, **self.gate, num_warps=1,
         )  # fmt: skip
 
     def boundaries(self, h0: int, heads: int, M_T: Tensor, I_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -158,21 +164,20 @@ class _Launch:
         BK, BV = (
             max(16, min(n, triton.next_power_of_2(x))) for n, x in zip(DEPOSITS[1:], (self.K, self.V), strict=True)
         )
-        grid = (self.slots * triton.cdiv(self.K, BK) * triton.cdiv(self.V, BV), heads)
-        forward.deposits[grid](
-            self.k, self.spread, self.v, self.b, self.g, self.chunks, M, I, total, h0, self.H, self.K, self.V,
-            C=self.chunk, BT=min(DEPOSITS[0], self.chunk), BK=BK, BV=BV, PRECISION=self.exact, **self.given, **self.gate, num_warps=4,
-        )  # fmt: skip
-        self.scan((M, I), total, (self.M0, self.I0), (M_T, I_T), h0, heads, False)
+        tiles = triton.cdiv(self.K, BK) * triton.cdiv(self.V, BV)
+        writes = self.k, self.spread, self.v, self.b, self.g, self.offsets, M, I, total
+        BT = min(2 * DEPOSITS[0] // self.q.element_size(), self.chunk)
+        blocks = {"C": self.chunk, "BT": BT, "BK": BK, "BV": BV, "num_warps": 4}
+        blocks |= {**self.products, **self.given, **self.gate}
+        if self.N * heads * tiles >= WALK * self.chunk:
+            starts = _sheets(self.M0, self.I0)
+            forward.walk[(self.N * tiles, heads)](
+                *writes, *starts, M_T, I_T, *starts[0].stride()[:2], h0, self.H, self.K, self.V, **blocks
+            )  # fmt: skip
+        else:
+            forward.deposits[(self.slots * tiles, heads)](*writes, self.N, h0, self.H, self.K, self.V, **blocks)
+            self.scan((M, I), total, (self.M0, self.I0), (M_T, I_T), h0, heads, False)
         return M, I, total
-
-    def add(self, parts: Tensor, outs: tuple[Tensor, ...], h0: int) -> None:
-        """out[:, h0 : h0 + heads] = the sum of the blocks in `parts` [blocks, tokens, heads, outs, V], for each of one or two."""
-        heads, count, V = parts.shape[2:]
-        forward.total[(self.tokens, heads)](
-            parts, outs[0], outs[-1], len(parts), self.tokens, h0, self.H, V,
-            TWO=count == 2, BLOCK=triton.next_power_of_2(V), ACC=self.gate["ACC"], num_warps=1,
-        )  # fmt: skip
 
 
 def _forward(at: _Launch, variance: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -180,14 +185,14 @@ def _forward(at: _Launch, variance: bool) -> tuple[Tensor, Tensor, Tensor, Tenso
     var = torch.empty_like(o) if variance else o.new_empty(0)
     M_T, I_T = at.new(*at.M0.shape), at.new(*at.M0.shape)
     options, NK, NV = at.tile(READ)
-    for h0, heads in at.groups(8 * at.slots * at.K * at.V + 4 * NK * at.tokens * at.V * (1 + variance)):
+    limit = None if variance or at.gate["WIDE"] else 128  # registers: four warps a scheduler, and nothing spills
+    for h0, heads in at.groups(8 * at.slots * at.K * at.V + 4 * at.tokens * at.V * (1 + variance)):
         M, I, _ = at.boundaries(h0, heads, M_T, I_T)
-        parts = at.new(NK, at.tokens, heads, 1 + variance, at.V)
-        forward.read[(at.slots * NK * NV, heads)](
-            at.rows, at.k, at.v, at.b, at.f, at.c, at.flags, at.prior, at.bonus, M, I, at.chunks, parts,
-            at.tokens, h0, H=at.H, K=at.K, V=at.V, **options,
+        parts = at.new(at.tokens if NK > 1 else 0, heads, 1 + variance, at.V)
+        forward.read[(at.slots * NV, heads)](
+            at.rows, at.k, at.v, at.b, at.f, at.c, at.flags, at.prior, at.bonus, M, I, at.offsets, parts, o, var,
+            at.N, h0, H=at.H, K=at.K, V=at.V, C=at.chunk, maxnreg=limit, **options,
         )  # fmt: skip
-        at.add(parts, (o, var) if variance else (o,), h0)
     return o, var, M_T, I_T
 
 
@@ -227,7 +232,7 @@ class _Backward:
         marks = at.new(at.slots, heads, self.marks, 2, at.K, at.V)
         backward.adjoint[(at.slots * NK * NV, heads)](
             at.rows, at.k, at.v, at.b, at.f, at.c, at.flags, at.prior, at.bonus, self.d_o, self.d_var, M, I,
-            at.chunks, full, marks, h0, H=at.H, K=at.K, V=at.V, C=at.chunk, MARK=MARK, **options,
+            at.offsets, full, marks, at.N, h0, H=at.H, K=at.K, V=at.V, C=at.chunk, MARK=MARK, **options,
         )  # fmt: skip
         if at.prior.ndim == 3:
             self.d_full[h0 : h0 + heads] = full.sum(0)
@@ -241,18 +246,21 @@ class _Backward:
         by_value = at.new(NK, at.tokens, heads, 2, at.V)
         ends = at.new(NV, at.slots, heads, at.K)
         backward.gradient[(at.slots * NK * NV, heads)](
-            at.rows, at.k, at.v, at.b, at.f, at.c, at.flags, at.prior, at.bonus, self.d_o, self.d_var, DM, DI, at.chunks,
-            marks, by_key, by_value, ends, at.tokens, at.slots, h0, H=at.H, K=at.K, V=at.V,
+            at.rows, at.k, at.v, at.b, at.f, at.c, at.flags, at.prior, at.bonus, self.d_o, self.d_var, DM, DI, at.offsets,
+            marks, by_key, by_value, ends, at.N, at.tokens, at.slots, h0, H=at.H, K=at.K, V=at.V,
             C=at.chunk, MARK=MARK, LIMIT=LIMIT.get(at.q.dtype, LIMIT_HALF), SUMS=self.sums, **options,
         )  # fmt: skip
-        at.add(by_value, (self.dv, self.db), h0)
+        backward.total[(at.tokens, heads)](
+            by_value, self.dv, self.db, NK, at.tokens, h0, at.H, V=at.V,
+            BLOCK=triton.next_power_of_2(at.V), ACC=at.gate["ACC"], num_warps=1,
+        )  # fmt: skip
         return by_key, ends
 
     def _finish(self, h0, heads, by_key, ends):
         at = self.at
         backward.finish[(at.slots, heads)](
-            at.q, at.k, at.spread, at.f, at.prior, at.bonus, at.chunks, by_key, ends, self.dq, self.dk, self.d_spread, self.dg,
-            self.d_prior, self.d_bonus, at.scale, at.tokens, at.slots, h0, at.H, at.K, len(ends),
+            at.q, at.k, at.spread, at.f, at.prior, at.bonus, at.offsets, by_key, ends, self.dq, self.dk, self.d_spread, self.dg,
+            self.d_prior, self.d_bonus, at.scale, at.N, at.tokens, at.slots, h0, at.H, at.K, len(ends),
             C=at.chunk, SUMS=self.sums, BK=32, **at.gate, **at.given, **at.read, num_warps=8,
         )  # fmt: skip
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from unify.kernels.chunk import locate
 from unify.kernels.elementwise_forward import (
     AHEAD,
     fetch,
@@ -23,9 +24,9 @@ from unify.kernels.elementwise_forward import (
 )
 
 
-@triton.jit(do_not_specialize=["h0"])
+@triton.jit(do_not_specialize=["N", "h0"])
 def adjoint(
-    rows, k, v, b, f, c, flags, prior, bonus, d_o, d_var, M, I, chunks, CP, marks, h0,
+    rows, k, v, b, f, c, flags, prior, bonus, d_o, d_var, M, I, offsets, CP, marks, N, h0,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, MARK: tl.constexpr,
     KH: tl.constexpr, VR: tl.constexpr, KL: tl.constexpr, VL: tl.constexpr, NK: tl.constexpr, NV: tl.constexpr,
     KFULL: tl.constexpr, VFULL: tl.constexpr, WIDE: tl.constexpr, PRIOR: tl.constexpr, BEFORE: tl.constexpr,
@@ -36,7 +37,7 @@ def adjoint(
     The last mark is the chunk's end."""
     slot, tile = tl.program_id(0) // (NK * NV), tl.program_id(0) % (NK * NV)
     head, heads = tl.program_id(1), tl.num_programs(1)
-    start, end = tl.load(chunks + 2 * slot), tl.load(chunks + 2 * slot + 1)
+    start, end = locate(slot, offsets, N, C)
     if start >= end:
         return
     h, n = h0 + head, (end - start).to(tl.int32)
@@ -125,9 +126,9 @@ def _careful(I, S, c, f, flags, p, t0, last, j, i, H, K, V, LIMIT: tl.constexpr,
     return (tl.load(flags + t0 * H) > 1) | (tl.max(tl.where((j < K) & (i < V), end - LIMIT * begin, 0.0)) > 0)
 
 
-@triton.jit(do_not_specialize=["h0", "tokens", "slots"])
+@triton.jit(do_not_specialize=["N", "h0", "tokens", "slots"])
 def gradient(
-    rows, k, v, b, f, c, flags, prior, bonus, d_o, d_var, DMs, DIs, chunks, marks, by_key, by_value, ends, tokens, slots, h0,
+    rows, k, v, b, f, c, flags, prior, bonus, d_o, d_var, DMs, DIs, offsets, marks, by_key, by_value, ends, N, tokens, slots, h0,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, MARK: tl.constexpr,
     LIMIT: tl.constexpr, SUMS: tl.constexpr,
     KH: tl.constexpr, VR: tl.constexpr, KL: tl.constexpr, VL: tl.constexpr, NK: tl.constexpr, NV: tl.constexpr,
@@ -140,7 +141,7 @@ def gradient(
     times f, DM and DI their adjoints divided by it."""
     slot, tile = tl.program_id(0) // (NK * NV), tl.program_id(0) % (NK * NV)
     head, heads = tl.program_id(1), tl.num_programs(1)
-    start, end = tl.load(chunks + 2 * slot), tl.load(chunks + 2 * slot + 1)
+    start, end = locate(slot, offsets, N, C)
     if start >= end:
         return
     h, n = h0 + head, (end - start).to(tl.int32)
@@ -231,6 +232,22 @@ def gradient(
         A, S = load_state(mark, j, i, K, V), load_state(mark + K * V, j, i, K, V)
 
 
+@triton.jit(do_not_specialize=["h0", "blocks", "tokens"])
+def total(parts, dv, db, blocks, tokens, h0, H, V: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    """dv and db [tokens, H, V] (some of their heads) = sums of parts [blocks, tokens, heads, 2, V]."""
+    t, head, heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    x = tl.arange(0, BLOCK)
+    parts += (t * heads + head) * (2 * V)
+    one, two = tl.zeros([BLOCK], ACC), tl.zeros([BLOCK], ACC)
+    for _ in range(0, blocks):
+        one += tl.load(parts + x, mask=x < V, other=0.0)
+        two += tl.load(parts + V + x, mask=x < V, other=0.0)
+        parts += tokens.to(tl.int64) * heads * (2 * V)
+    at = (t * H + h0 + head) * V + x
+    tl.store(dv + at, one.to(dv.dtype.element_ty), mask=x < V)
+    tl.store(db + at, two.to(db.dtype.element_ty), mask=x < V)
+
+
 @triton.jit
 def _sum_rows(parts, count: tl.constexpr, tokens, heads, K, rows, mask, ACC: tl.constexpr):
     """Sum over the blocks of parts [count, tokens, heads, K] at the elements `rows` of one of them."""
@@ -252,17 +269,17 @@ def _grown(f, start, t, n, h, H, K, j, LATE: tl.constexpr, WIDE: tl.constexpr):
         return tl.load(f + (start + t - LATE) * H + h, mask=seen, other=1.0)[:, None]
 
 
-@triton.jit(do_not_specialize=["h0", "tokens", "slots"])
+@triton.jit(do_not_specialize=["N", "h0", "tokens", "slots"])
 def finish(
-    q, k, spread, f, prior, bonus, chunks, by_key, ends,
-    dq, dk, d_spread, dg, d_prior, d_bonus, scale, tokens, slots, h0, H, K, blocks: tl.constexpr,
+    q, k, spread, f, prior, bonus, offsets, by_key, ends,
+    dq, dk, d_spread, dg, d_prior, d_bonus, scale, N, tokens, slots, h0, H, K, blocks: tl.constexpr,
     C: tl.constexpr, SUMS: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr, PRIOR: tl.constexpr, GIVEN: tl.constexpr,
     BEFORE: tl.constexpr, BONUS: tl.constexpr, VARIANCE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Add the value blocks up, with the factors f they lack: dq, dk, d_spread, and dg = <adjoint, state> at the chunk's end
     + reads - writes from t on."""
     slot, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    start, end = tl.load(chunks + 2 * slot), tl.load(chunks + 2 * slot + 1)
+    start, end = locate(slot, offsets, N, C)
     h, n, t = h0 + head, (end - start).to(tl.int32), tl.arange(0, C)
     change, reads, at_ends = tl.zeros([C], ACC), tl.zeros([C], ACC), tl.zeros([BK], ACC)
     for k0 in range(0, K, BK):

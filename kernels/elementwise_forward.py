@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from unify.kernels.chunk import locate
+
 RESET = tl.constexpr(-2.0)  # a log decay below this starts a new segment
 NONE = tl.constexpr(-1000.0)  # exp of it is 0 in every type
 # Triton gives a thread 16 neighbouring bytes of a load, then deals lanes out axis by axis, those without neighbours in the order
@@ -151,9 +153,9 @@ def _since(starts, x, WIDE: tl.constexpr):
     return tl.associative_scan((starts, tl.where(starts != 0, 0.0, x)), 0, _segment)[1]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def prepare(
-    q, k, spread, g, chunks, rows, f, c, flags, scale, H: tl.constexpr, K: tl.constexpr,
+    q, k, spread, g, offsets, rows, f, c, flags, scale, N, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
     BLOCK: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr, GIVEN: tl.constexpr, BEFORE: tl.constexpr,
     BACK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -165,7 +167,7 @@ def prepare(
     segment starts; at the first token of a block, how many start in the block.
     """
     slot, h = tl.program_id(0), tl.program_id(1)
-    start, end = tl.load(chunks + 2 * slot), tl.load(chunks + 2 * slot + 1)
+    start, end = locate(slot, offsets, N, C)
     if start >= end:
         return
     n, order, j = (end - start).to(tl.int32), tl.arange(0, BLOCK), tl.arange(0, BK)
@@ -220,52 +222,110 @@ def prepare(
 # ---- states at the chunks' starts ------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["h0"])
+@triton.jit
+def _write(S, x, y, DT: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):
+    """S + y^T x. DT narrower than ACC: y is exact in it, and x enters as the sum of what DT holds and of the rest."""
+    if DT == ACC:
+        return tl.dot(tl.trans(y.to(ACC)), x, S, input_precision=PRECISION, out_dtype=ACC)
+    else:
+        high, y = x.to(DT), tl.trans(y.to(DT))
+        return tl.dot(y, (x - high.to(ACC)).to(DT), tl.dot(y, high, S, out_dtype=ACC), out_dtype=ACC)
+
+
+@triton.jit
+def _keep_total(total, at, lost, j, K, tile, NV, WIDE: tl.constexpr):
+    """Store a chunk's log decay, once: a number a head, or one a key channel."""
+    if WIDE:
+        tl.store(total + at * K + j, lost, mask=(j < K) & (tile % NV == 0))
+    else:
+        tl.store(total + at + j * 0, lost, mask=(j == 0) & (tile == 0))
+
+
+@triton.jit
+def _add(
+    M, I, k, spread, v, b, g, first, n, h, H, K, V, j, i,
+    BT: tl.constexpr, WIDE: tl.constexpr, GIVEN: tl.constexpr, ACC: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The states [BV, BK] after the next BT of n > 0 tokens, and their log decay, a number or [BK]."""
+    order = tl.arange(0, BT)
+    behind = (order + 1 < n) & (order + 1 < BT)
+    keys = (first * H + h) * K + order[:, None] * (H * K) + j[None, :]
+    values = (first * H + h) * V + order[:, None] * (H * V) + i[None, :]
+    key, value = (order < n)[:, None] & (j < K)[None, :], (order < n)[:, None] & (i < V)[None, :]
+    if WIDE:
+        later = tl.load(g + keys + H * K, mask=behind[:, None] & (j < K)[None, :], other=0.0).to(ACC)
+        loss = tl.sum(later, 0) + tl.load(g + (first * H + h) * K + j, mask=j < K, other=0.0).to(ACC)
+        keep, kept = tl.exp(tl.cumsum(later, 0, reverse=True)), tl.exp(loss)[None, :]
+    else:
+        later = tl.load(g + (first * H + h) + (order + 1) * H, mask=behind, other=0.0).to(ACC)
+        loss = tl.sum(later, 0) + tl.load(g + first * H + h).to(ACC)
+        keep, kept = tl.exp(tl.cumsum(later, 0, reverse=True))[:, None], tl.exp(loss)
+    x = tl.load(k + keys, mask=key, other=0.0).to(ACC)
+    s = tl.load(spread + keys, mask=key, other=0.0).to(ACC) if GIVEN else x * x
+    y = tl.load(v + values, mask=value, other=0.0)
+    z = tl.load(b + values, mask=value, other=0.0)
+    return _write(M * kept, x * keep, y, DT, PRECISION, ACC), _write(I * kept, s * keep, z, DT, PRECISION, ACC), loss
+
+
+@triton.jit(do_not_specialize=["N", "h0"])
 def deposits(
-    k, spread, v, b, g, chunks, M, I, total, h0, H, K, V,
+    k, spread, v, b, g, offsets, M, I, total, N, h0, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     C: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, WIDE: tl.constexpr, GIVEN: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr,
+    ACC: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What each chunk adds to the states at its end, and its log decay."""
     NK, NV = tl.cdiv(K, BK), tl.cdiv(V, BV)
     slot, tile = tl.program_id(0) // (NK * NV), tl.program_id(0) % (NK * NV)
     head, heads = tl.program_id(1), tl.num_programs(1)
-    start, end = tl.load(chunks + 2 * slot), tl.load(chunks + 2 * slot + 1)
+    start, end = locate(slot, offsets, N, C)
     if start >= end:
         return
     h, n = h0 + head, (end - start).to(tl.int32)
     j, i = tile // NV * BK + tl.arange(0, BK), tile % NV * BV + tl.arange(0, BV)
-    to_M, to_I = tl.zeros([BK, BV], ACC), tl.zeros([BK, BV], ACC)
-    after = tl.zeros([BK], ACC)  # log decay of the tokens behind the block
-    for back in range(0, C, BT):
-        t = C - BT - back + tl.arange(0, BT)
-        key, value = (t < n)[:, None] & (j < K)[None, :], (t < n)[:, None] & (i < V)[None, :]
-        keys = (start * H + h) * K + t[:, None] * (H * K) + j[None, :]
-        values = (start * H + h) * V + t[:, None] * (H * V) + i[None, :]
-        if WIDE:
-            later = tl.load(g + keys + H * K, mask=(t + 1 < n)[:, None] & (j < K)[None, :], other=0.0).to(ACC)
-        else:
-            later = tl.load(g + (start + t + 1) * H + h, mask=t + 1 < n, other=0.0).to(ACC)
-            later = later[:, None] + tl.zeros([BT, BK], ACC)
-        keep = tl.exp(tl.cumsum(later, 0, reverse=True) + after[None, :])
-        after += tl.sum(later, 0)
-        x = tl.load(k + keys, mask=key, other=0.0).to(ACC)
-        s = tl.load(spread + keys, mask=key, other=0.0).to(ACC) if GIVEN else x * x
-        y = tl.load(v + values, mask=value, other=0.0).to(ACC)
-        z = tl.load(b + values, mask=value, other=0.0).to(ACC)
-        to_M += tl.dot(tl.trans(x * keep), y, input_precision=PRECISION, out_dtype=ACC)
-        to_I += tl.dot(tl.trans(s * keep), z, input_precision=PRECISION, out_dtype=ACC)
+    to_M, to_I, lost = tl.zeros([BV, BK], ACC), tl.zeros([BV, BK], ACC), tl.zeros([BK], ACC)
+    for t in range(0, n, BT):
+        to_M, to_I, loss = _add(
+            to_M, to_I, k, spread, v, b, g, start + t, n - t, h, H, K, V, j, i, BT, WIDE, GIVEN, ACC, DT, PRECISION
+        )  # fmt: skip
+        lost += loss
     at = slot.to(tl.int64) * heads + head
-    if WIDE:
-        after += tl.load(g + (start * H + h) * K + j, mask=j < K, other=0.0).to(ACC)
-        tl.store(total + at * K + j, after, mask=(j < K) & (tile % NV == 0))
-    else:
-        after += tl.load(g + start * H + h).to(ACC)
-        tl.store(total + at + j * 0, after, mask=(j == 0) & (tile == 0))
-    out = at * K * V + j[:, None] * V + i[None, :]
-    inside = (j < K)[:, None] & (i < V)[None, :]
+    _keep_total(total, at, lost, j, K, tile, NV, WIDE)
+    out, inside = at * K * V + j[None, :] * V + i[:, None], (j < K)[None, :] & (i < V)[:, None]
     tl.store(M + out, to_M, mask=inside)
     tl.store(I + out, to_I, mask=inside)
+
+
+@triton.jit(do_not_specialize=["h0"])
+def walk(
+    k, spread, v, b, g, offsets, M, I, total, start_M, start_I, last_M, last_I, row, sheet, h0,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    WIDE: tl.constexpr, GIVEN: tl.constexpr, ACC: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The states at every chunk's start and the chunks' log decays, from chunk to chunk: `deposits` and `scan` in one, for
+    when there are enough sequences, heads and tiles to fill the GPU. start_M and start_I as in `scan`."""
+    NK, NV = tl.cdiv(K, BK), tl.cdiv(V, BV)
+    sequence, tile = tl.program_id(0) // (NK * NV), tl.program_id(0) % (NK * NV)
+    head, heads = tl.program_id(1), tl.num_programs(1)
+    begin, finish, h = tl.load(offsets + sequence), tl.load(offsets + sequence + 1), h0 + head
+    j, i = tile // NV * BK + tl.arange(0, BK), tile % NV * BV + tl.arange(0, BV)
+    element, inside = j[None, :] * V + i[:, None], (j < K)[None, :] & (i < V)[:, None]
+    given = sequence.to(tl.int64) * row + h * sheet
+    S = tl.load(start_M + given + element, mask=inside, other=0.0).to(ACC)
+    P = tl.load(start_I + given + element, mask=inside, other=0.0).to(ACC)
+    at, n, lost = (begin // C + sequence) * heads + head, (finish - begin).to(tl.int32), tl.zeros([BK], ACC)
+    for t in range(0, n, BT):
+        if t % C == 0:
+            tl.store(M + at * K * V + element, S, mask=inside)
+            tl.store(I + at * K * V + element, P, mask=inside)
+        S, P, loss = _add(
+            S, P, k, spread, v, b, g, begin + t, n - t, h, H, K, V, j, i, BT, WIDE, GIVEN, ACC, DT, PRECISION
+        )  # fmt: skip
+        lost = tl.where(t % C == 0, 0.0, lost) + loss
+        _keep_total(total, at, lost, j, K, tile, NV, WIDE)  # of the chunk as far as it has come; the last one stays
+        at += tl.where((t + BT) % C == 0, heads, 0)
+    ends = (sequence.to(tl.int64) * H + h) * K * V + element
+    tl.store(last_M + ends, S, mask=inside)
+    tl.store(last_I + ends, P, mask=inside)
 
 
 @triton.jit
@@ -285,19 +345,22 @@ def _chunks(X, Y, total, slot, rows, n, heads, head, e, K, V, WIDE: tl.constexpr
 
 @triton.jit(do_not_specialize=["h0"])
 def scan(
-    X, Y, total, first, count, start_x, start_y, last_x, last_y, h0, H, K, V,
-    STEP: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, BACK: tl.constexpr, ACC: tl.constexpr,
+    X, Y, total, offsets, start_x, start_y, last_x, last_y, row, sheet, h0, H, K, V,
+    C: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, BACK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """In place, X[chunk] := the state before it came, state := exp(total) state + X, over a sequence's chunks, and so for Y;
-    BACK: from the last chunk to the first. STEP chunks at once, and the next ones are loaded before these are stored."""
+    BACK: from the last chunk to the first. STEP chunks at once, and the next ones are loaded before these are stored.
+    start_x and start_y are [N, H, K, V], `row` apart from sequence to sequence and `sheet` from head to head."""
     blocks = tl.cdiv(K * V, BLOCK)
     sequence, head, heads = tl.program_id(0) // blocks, tl.program_id(1), tl.num_programs(1)
     e, order = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK), tl.arange(0, STEP)
     inside = e < K * V
-    n, slot = tl.load(count + sequence).to(tl.int32), tl.load(first + sequence)
+    begin = tl.load(offsets + sequence)
+    slot, n = begin // C + sequence, tl.cdiv(tl.load(offsets + sequence + 1) - begin, C).to(tl.int32)
+    given = sequence.to(tl.int64) * row + (h0 + head) * sheet + e
     ends = (sequence.to(tl.int64) * H + h0 + head) * K * V + e
-    x = tl.load(start_x + ends, mask=inside, other=0.0).to(ACC)
-    y = tl.load(start_y + ends, mask=inside, other=0.0).to(ACC)
+    x = tl.load(start_x + given, mask=inside, other=0.0).to(ACC)
+    y = tl.load(start_y + given, mask=inside, other=0.0).to(ACC)
     a1, x1, y1 = _chunks(X, Y, total, slot, order, n, heads, head, e, K, V, WIDE, BACK)
     zeroth = ((slot + (n - 1 if BACK else 0)) * heads + head) * K * V + e
     tl.store(X + zeroth, x, mask=inside & (n > 0))
@@ -339,90 +402,73 @@ def load_write(rows, v, b, j, i, K, V, KFULL: tl.constexpr, VFULL: tl.constexpr,
     return kt, st, load_row(v, i, V, VFULL).to(ACC), load_row(b, i, V, VFULL).to(ACC)
 
 
-@triton.jit(do_not_specialize=["h0", "tokens"])
+@triton.jit
+def _sum_up(x, part, out, before, i, block, NK: tl.constexpr, V):
+    """Keep what the key blocks so far add to a row, x + before, in `part`; the last one puts the whole sum into `out`."""
+    x, i = tl.broadcast(x, i)
+    x += before
+    tl.store(part + i, x, mask=(i < V) & (block < NK - 1))
+    tl.store(out + i, x.to(out.dtype.element_ty), mask=(i < V) & (block == NK - 1))
+
+
+@triton.jit(do_not_specialize=["N", "h0"])
 def read(
-    rows, k, v, b, f, c, flags, prior, bonus, M, I, chunks, o, tokens, h0,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    rows, k, v, b, f, c, flags, prior, bonus, M, I, offsets, parts, o, variance, N, h0,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
     KH: tl.constexpr, VR: tl.constexpr, KL: tl.constexpr, VL: tl.constexpr, NK: tl.constexpr, NV: tl.constexpr,
     KFULL: tl.constexpr, VFULL: tl.constexpr, WIDE: tl.constexpr, PRIOR: tl.constexpr, BEFORE: tl.constexpr,
     BONUS: tl.constexpr, VARIANCE: tl.constexpr, FAST: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """A chunk's outputs from one tile: o and, VARIANCE, the variance [key block, tokens, heads, 1 or 2, V]. A and S are the
-    states times f."""
-    slot, tile = tl.program_id(0) // (NK * NV), tl.program_id(0) % (NK * NV)
+    """A chunk's outputs in a block of values: o and, VARIANCE, the variance, from one block of keys after the other; sums so
+    far stay in parts [tokens, heads, 1 or 2, V]. A and S are the states times f."""
+    slot, v0 = tl.program_id(0) // NV, tl.program_id(0) % NV * (VR * VL * 4)
     head, heads = tl.program_id(1), tl.num_programs(1)
-    start, end = tl.load(chunks + 2 * slot), tl.load(chunks + 2 * slot + 1)
+    start, end = locate(slot, offsets, N, C)
     if start >= end:
         return
-    h, n = h0 + head, (end - start).to(tl.int32)
-    k0, v0 = tile // NV * (KH * 4 * KL), tile % NV * (VR * VL * 4)
-    j, i = key_index(k0, KH, KL, VL), value_index(v0, VR, KL, VL)
+    h, n, i = h0 + head, (end - start).to(tl.int32), value_index(v0, VR, KL, VL)
     at = (slot.to(tl.int64) * heads + head) * K * V
-    p = load_prior(prior, h, j, i, K, V, PRIOR, ACC)
-    A, S = load_state(M + at, j, i, K, V), load_state(I + at, j, i, K, V)
     token = start * H + h
     rows, k, v, b, flags = rows + token * (3 * K), k + token * K, v + token * V, b + token * V, flags + token
     gate = token * K if WIDE else token
     f, c = f + gate, c + gate
     SUMS: tl.constexpr = 2 if VARIANCE else 1
-    o += ((tile // NV * tokens + start) * heads + head) * (SUMS * V)
-    u = load_row(bonus + h * K, j, K, KFULL).to(ACC) if BONUS else 0.0
-    grown = load_gate(f, 0, H, K, j, WIDE) * 0.0 + 1.0
-    for t in range(0, n):
-        row = t * (H * 3 * K)
-        qt = load_row(rows + row + 2 * K, j, K, KFULL)
-        kt, st, vt, bt = load_write(rows + row, v + t * (H * V), b + t * (H * V), j, i, K, V, KFULL, VFULL, ACC)
-        flag, ft = tl.load(flags + t * H), load_gate(f, t, H, K, j, WIDE)
-        if FAST:
-            ahead = tl.minimum(t + AHEAD, n - 1)
-            fetch(rows + ahead * (H * 3 * K), k0, KH * 4 * KL, K, 3)
-            fetch(v + ahead * (H * V), v0, VR * VL * 4, V, 1)
-            fetch(b + ahead * (H * V), v0, VR * VL * 4, V, 1)
-        if BEFORE:
-            R = reciprocal(S + p * grown, FAST)
-            mean = A * R
-            if BONUS:
-                mean += (u * grown * load_row(k + t * (H * K), j, K, KFULL).to(ACC)) * vt * R
+    parts, o, variance = parts + (start * heads + head) * (SUMS * V), o + token * V, variance + token * V
+    for block in range(0, NK):
+        k0 = block * (KH * 4 * KL)
+        j = key_index(k0, KH, KL, VL)
+        p = load_prior(prior, h, j, i, K, V, PRIOR, ACC)
+        A, S = load_state(M + at, j, i, K, V), load_state(I + at, j, i, K, V)
+        u = load_row(bonus + h * K, j, K, KFULL).to(ACC) if BONUS else 0.0
+        grown = load_gate(f, 0, H, K, j, WIDE) * 0.0 + 1.0
+        for t in range(0, n):
+            row, part, out = t * (H * 3 * K), parts + t * heads * (SUMS * V), t * (H * V)
+            before = tl.load(part + i, mask=(i < V) & (block > 0), other=0.0)
             if VARIANCE:
-                put(o + t * heads * (SUMS * V) + V, i, over_keys(qt * qt * grown * R), V)
-            put(o + t * heads * (SUMS * V), i, over_keys(qt * mean), V)
-        if flag != 0:
-            kept = load_gate(c, t, H, K, j, WIDE)
-            A, S = A * kept, S * kept
-        A, S, grown = A + kt * vt, S + st * bt, ft
-        if not BEFORE:
-            R = reciprocal(S + p * grown, FAST)
-            if VARIANCE:
-                put(o + t * heads * (SUMS * V) + V, i, over_keys(qt * qt * grown * R), V)
-            put(o + t * heads * (SUMS * V), i, over_keys(qt * (A * R)), V)
-
-
-@triton.jit(do_not_specialize=["h0", "blocks", "tokens"])
-def total(
-    parts,
-    out,
-    second,
-    blocks,
-    tokens,
-    h0,
-    H,
-    V: tl.constexpr,
-    TWO: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """out, and TWO: second, [tokens, H, V] (some of its heads) = sums of parts [blocks, tokens, heads, 1 or 2, V]."""
-    t, head, heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    x = tl.arange(0, BLOCK)
-    COUNT: tl.constexpr = 2 if TWO else 1
-    parts += (t * heads + head) * (COUNT * V)
-    one, two = tl.zeros([BLOCK], ACC), tl.zeros([BLOCK], ACC)
-    for _ in range(0, blocks):
-        one += tl.load(parts + x, mask=x < V, other=0.0)
-        if TWO:
-            two += tl.load(parts + V + x, mask=x < V, other=0.0)
-        parts += tokens.to(tl.int64) * heads * (COUNT * V)
-    at = (t * H + h0 + head) * V + x
-    tl.store(out + at, one.to(out.dtype.element_ty), mask=x < V)
-    if TWO:
-        tl.store(second + at, two.to(second.dtype.element_ty), mask=x < V)
+                spread = tl.load(part + V + i, mask=(i < V) & (block > 0), other=0.0)
+            qt = load_row(rows + row + 2 * K, j, K, KFULL)
+            kt, st, vt, bt = load_write(rows + row, v + out, b + out, j, i, K, V, KFULL, VFULL, ACC)
+            flag, ft = tl.load(flags + t * H), load_gate(f, t, H, K, j, WIDE)
+            if FAST:
+                ahead = tl.minimum(t + AHEAD, n - 1)
+                fetch(rows + ahead * (H * 3 * K), k0, KH * 4 * KL, K, 3)
+                fetch(v + ahead * (H * V), v0, VR * VL * 4, V, 1)
+                fetch(b + ahead * (H * V), v0, VR * VL * 4, V, 1)
+            if BEFORE:
+                R = reciprocal(S + p * grown, FAST)
+                mean = A * R
+                if BONUS:
+                    mean += (u * grown * load_row(k + t * (H * K), j, K, KFULL).to(ACC)) * vt * R
+                if VARIANCE:
+                    _sum_up(over_keys(qt * qt * grown * R), part + V, variance + out, spread, i, block, NK, V)
+                _sum_up(over_keys(qt * mean), part, o + out, before, i, block, NK, V)
+            if flag != 0:
+                kept = load_gate(c, t, H, K, j, WIDE)
+                A, S = A * kept, S * kept
+            A, S, grown = A + kt * vt, S + st * bt, ft
+            if not BEFORE:
+                R = reciprocal(S + p * grown, FAST)
+                if VARIANCE:
+                    _sum_up(over_keys(qt * qt * grown * R), part + V, variance + out, spread, i, block, NK, V)
+                _sum_up(over_keys(qt * (A * R)), part, o + out, before, i, block, NK, V)
+        tl.debug_barrier()  # lanes read what others of their warp have stored

@@ -77,8 +77,9 @@ def compare(triple, lengths, H, K, V, device="cpu", dtype=torch.float64, seed=0)
         inputs["g"] = inputs["g"].clamp(max=-1e-3)
     offsets = torch.tensor([0, *lengths]).cumsum(0)
     state = start_of(oracle, len(lengths), H, K, V, make)
-    weights = {"o": torch.randn(1, sum(lengths), H, V, generator=make, dtype=torch.float64)}
-    weights["variance"] = torch.randn(1, sum(lengths), H, V, generator=make, dtype=torch.float64)
+    # numbers that dtype holds: the cotangents of o and of the variance have it, and rounding them would be no error of a kernel
+    drawn = lambda: torch.randn(1, sum(lengths), H, V, generator=make, dtype=torch.float64).to(dtype).double()  # noqa: E731
+    weights = {"o": drawn(), "variance": drawn()}
     weights |= {
         s.name: symmetric(s.name, torch.randn(x.shape, generator=make, dtype=torch.float64))
         for s, x in zip(oracle.recurrence.states, state, strict=True)

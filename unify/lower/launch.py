@@ -48,7 +48,7 @@ class Kernels:
     @cached_property
     def stretched(self) -> Tensor:
         """Offsets in steps of the mean state."""
-        return self.offsets * self.steps
+        return self.offsets * self.steps if self.steps > 1 else self.offsets
 
     def linear(self, q, k, v, g, s0, *, scale, before):
         """Decayed sum of outer products, read linearly."""
