@@ -199,6 +199,24 @@ def _cumulate(g, G, offsets, N, L, C: tl.constexpr, BL: tl.constexpr):
 
 
 @triton.jit
+def _at_borders(
+    x, y, x2, reads, writes, reads2, G, start, end, h, H, K, X, k0,
+    BEFORE: tl.constexpr, TWO: tl.constexpr, NEAR: tl.constexpr, FAR: tl.constexpr,
+    C: tl.constexpr, BK: tl.constexpr, BX: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Store reads decayed from their chunk's start and writes decayed to its end."""
+    after = load(G, start, end, h, H, X, k0, C, BX)
+    before = load(G, start, end, h, H, X, k0, C, BX, 1)
+    if NEAR:
+        store(reads, x * weight(before if BEFORE else after, ACC), start, end, h, H, K, k0, C, BK)
+        if TWO:
+            store(reads2, x2 * weight(before, ACC), start, end, h, H, K, k0, C, BK)
+    if FAR:
+        left = load_row(G, end - 1, h, H, X, k0, BX)[None, :] - after
+        store(writes, y * weight(left, ACC), start, end, h, H, K, k0, C, BK)
+
+
+@triton.jit
 def _scores(
     read, second, written, A, A2, reads, reads2, writes, G, offsets, N, H, K, X,
     GATE: tl.constexpr, BEFORE: tl.constexpr, TWO: tl.constexpr, NEAR: tl.constexpr, FAR: tl.constexpr,
@@ -213,20 +231,13 @@ def _scores(
     if start >= end:
         return
     h, i = tl.program_id(1), tl.arange(0, C)
-    if NEAR or FAR:
+    if (NEAR or FAR) and not TWO:  # apart: beside one score they take the registers of half of the programs that fit
         for k0 in range(0, K, BK):
-            after = load(G, start, end, h, H, X, k0, C, BX)
-            if NEAR:
-                before = load(G, start, end, h, H, X, k0, C, BX, 1)
-                x = load(read, start, end, h, H, K, k0, C, BK) * weight(before if BEFORE else after, ACC)
-                store(reads, x, start, end, h, H, K, k0, C, BK)
-                if TWO:
-                    x = load(second, start, end, h, H, K, k0, C, BK) * weight(before, ACC)
-                    store(reads2, x, start, end, h, H, K, k0, C, BK)
-            if FAR:
-                total = load_row(G, end - 1, h, H, X, k0, BX)[None, :]
-                y = load(written, start, end, h, H, K, k0, C, BK) * weight(total - after, ACC)
-                store(writes, y, start, end, h, H, K, k0, C, BK)
+            x = load(read, start, end, h, H, K, k0, C, BK)
+            y = load(written, start, end, h, H, K, k0, C, BK)
+            _at_borders(
+                x, y, x, reads, writes, reads2, G, start, end, h, H, K, X, k0, BEFORE, TWO, NEAR, FAR, C, BK, BX, ACC
+            )
     acc, acc2 = tl.zeros([C, C], ACC), tl.zeros([C, C], ACC)
     for k0 in range(0, K, BK):
         x = load(read, start, end, h, H, K, k0, C, BK)
@@ -238,12 +249,15 @@ def _scores(
                 before = load(G, start, end, h, H, X, k0, C, BX, 1)
             else:
                 before = after
+            if TWO:
+                x2 = load(second, start, end, h, H, K, k0, C, BK).to(ACC)
+                _at_borders(
+                    x, y, x2, reads, writes, reads2, G, start, end, h, H, K, X, k0, BEFORE, TWO, NEAR, FAR, C, BK, BX, ACC
+                )  # fmt: skip
             if not BEFORE:
                 acc += tl.where(i[:, None] == i[None, :], tl.sum(x * y, 1)[:, None], 0.0)
                 if TWO:  # decayed by its token's gate, it is a read before the update like the second
                     x *= weight(after - before, ACC)
-            if TWO:
-                x2 = load(second, start, end, h, H, K, k0, C, BK).to(ACC)
             ahead = border(G, 0, start, end, h, H, X, k0, C, BK)
             for level in range(LEVELS):
                 middle, ahead = ahead, border(G, level + 1, start, end, h, H, X, k0, C, BK)  # under way early

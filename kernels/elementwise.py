@@ -20,8 +20,7 @@ token. The decay's gradient is a sum over the later tokens of the chunk (<adjoin
 less what is written), so it needs no state of its own. No state is ever divided by a decay, and every sum has a fixed order.
 
 A thread of a warp of KL x VL lanes holds KH times 4 neighbouring keys by VR times 4 neighbouring values. A sum over keys costs
-shuffles among KL lanes only, one over values among VL. Forward a program goes through all keys of its values, one block of them
-after the other, and adds to its own sums in memory; backward each block has its own program, and the blocks' sums are added up after.
+shuffles among KL lanes only, one over values among VL.
 """
 
 from __future__ import annotations
@@ -67,12 +66,13 @@ class Tile(NamedTuple):
 
 
 # Blocks and tiles. Numbers are milliseconds on an H200 at B 2, T 4096, H 16, K 96, V 192, bfloat16, torch 2.11, Triton 3.6.0.
-DEPOSITS = 64, 32, 64  # tokens of 2-byte numbers (32 of 4), key and value channels, also of the walk: not timed so far
-WALK = 1  # programs for each token of a chunk from which on a walk over the chunks beats deposits and a scan: it takes about
-# 1 us for 64 tokens of a sequence however many programs run; those move the states at all chunks' starts three times more
+DEPOSITS = 64, 32, 64  # tokens of 2-byte numbers (32 of 4), key and value channels, also of the walk
+WALK = 2  # programs for each token of a chunk from which on a walk over the chunks beats deposits and a scan: it takes about
+# 1 us for 64 tokens of a sequence however many programs run, they move the states at all chunks' starts three times more
 SCAN = 16, 64  # chunks and channels; (8, 64) 0.64, (4, 128) 0.75, (4, 64) 0.91, (2, 256) 1.36
 READ = Tile(2, 1, 4, 8)  # 0.99; (2, 1, 2, 16) 0.98, (1, 1, 4, 8) 1.06, (1, 2, 4, 8) 1.07, (4, 1, 2, 16) 1.5
 ADJOINT = Tile(1, 1, 4, 8)  # 1.71; (1, 1, 2, 16) 1.72, (2, 1, 4, 8) 1.89
+REGISTERS = 128  # of a thread of the adjoint: four warps a scheduler; left alone it takes 141, and 2.14 instead of 1.81 on an H100
 GRADIENT = Tile(1, 2, 4, 8)  # 3.29; (1, 2, 8, 4) 3.45, (1, 1, 4, 8) 3.53
 
 
@@ -179,20 +179,28 @@ class _Launch:
             self.scan((M, I), total, (self.M0, self.I0), (M_T, I_T), h0, heads, False)
         return M, I, total
 
+    def add(self, parts: Tensor, outs: tuple[Tensor, ...], h0: int) -> None:
+        """out[:, h0 : h0 + heads] = the sum of the blocks in `parts` [blocks, tokens, heads, outs, V], for each of one or two."""
+        heads, count, V = parts.shape[2:]
+        forward.total[(self.tokens, heads)](
+            parts, outs[0], outs[-1], len(parts), self.tokens, h0, self.H, V,
+            TWO=count == 2, BLOCK=triton.next_power_of_2(V), ACC=self.gate["ACC"], num_warps=1,
+        )  # fmt: skip
+
 
 def _forward(at: _Launch, variance: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     o = at.q.new_empty(*at.q.shape[:3], at.V)
     var = torch.empty_like(o) if variance else o.new_empty(0)
     M_T, I_T = at.new(*at.M0.shape), at.new(*at.M0.shape)
     options, NK, NV = at.tile(READ)
-    limit = None if variance or at.gate["WIDE"] else 128  # registers: four warps a scheduler, and nothing spills
-    for h0, heads in at.groups(8 * at.slots * at.K * at.V + 4 * at.tokens * at.V * (1 + variance)):
+    for h0, heads in at.groups(8 * at.slots * at.K * at.V + 4 * NK * at.tokens * at.V * (1 + variance)):
         M, I, _ = at.boundaries(h0, heads, M_T, I_T)
-        parts = at.new(at.tokens if NK > 1 else 0, heads, 1 + variance, at.V)
-        forward.read[(at.slots * NV, heads)](
-            at.rows, at.k, at.v, at.b, at.f, at.c, at.flags, at.prior, at.bonus, M, I, at.offsets, parts, o, var,
-            at.N, h0, H=at.H, K=at.K, V=at.V, C=at.chunk, maxnreg=limit, **options,
+        parts = at.new(NK, at.tokens, heads, 1 + variance, at.V)
+        forward.read[(at.slots * NK * NV, heads)](
+            at.rows, at.k, at.v, at.b, at.f, at.c, at.flags, at.prior, at.bonus, M, I, at.offsets, parts,
+            at.N, at.tokens, h0, H=at.H, K=at.K, V=at.V, C=at.chunk, **options,
         )  # fmt: skip
+        at.add(parts, (o, var) if variance else (o,), h0)
     return o, var, M_T, I_T
 
 
@@ -232,7 +240,7 @@ class _Backward:
         marks = at.new(at.slots, heads, self.marks, 2, at.K, at.V)
         backward.adjoint[(at.slots * NK * NV, heads)](
             at.rows, at.k, at.v, at.b, at.f, at.c, at.flags, at.prior, at.bonus, self.d_o, self.d_var, M, I,
-            at.offsets, full, marks, at.N, h0, H=at.H, K=at.K, V=at.V, C=at.chunk, MARK=MARK, **options,
+            at.offsets, full, marks, at.N, h0, H=at.H, K=at.K, V=at.V, C=at.chunk, MARK=MARK, maxnreg=REGISTERS, **options,
         )  # fmt: skip
         if at.prior.ndim == 3:
             self.d_full[h0 : h0 + heads] = full.sum(0)
@@ -250,10 +258,7 @@ class _Backward:
             marks, by_key, by_value, ends, at.N, at.tokens, at.slots, h0, H=at.H, K=at.K, V=at.V,
             C=at.chunk, MARK=MARK, LIMIT=LIMIT.get(at.q.dtype, LIMIT_HALF), SUMS=self.sums, **options,
         )  # fmt: skip
-        backward.total[(at.tokens, heads)](
-            by_value, self.dv, self.db, NK, at.tokens, h0, at.H, V=at.V,
-            BLOCK=triton.next_power_of_2(at.V), ACC=at.gate["ACC"], num_warps=1,
-        )  # fmt: skip
+        at.add(by_value, (self.dv, self.db), h0)
         return by_key, ends
 
     def _finish(self, h0, heads, by_key, ends):

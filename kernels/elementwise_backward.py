@@ -232,22 +232,6 @@ def gradient(
         A, S = load_state(mark, j, i, K, V), load_state(mark + K * V, j, i, K, V)
 
 
-@triton.jit(do_not_specialize=["h0", "blocks", "tokens"])
-def total(parts, dv, db, blocks, tokens, h0, H, V: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
-    """dv and db [tokens, H, V] (some of their heads) = sums of parts [blocks, tokens, heads, 2, V]."""
-    t, head, heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    x = tl.arange(0, BLOCK)
-    parts += (t * heads + head) * (2 * V)
-    one, two = tl.zeros([BLOCK], ACC), tl.zeros([BLOCK], ACC)
-    for _ in range(0, blocks):
-        one += tl.load(parts + x, mask=x < V, other=0.0)
-        two += tl.load(parts + V + x, mask=x < V, other=0.0)
-        parts += tokens.to(tl.int64) * heads * (2 * V)
-    at = (t * H + h0 + head) * V + x
-    tl.store(dv + at, one.to(dv.dtype.element_ty), mask=x < V)
-    tl.store(db + at, two.to(db.dtype.element_ty), mask=x < V)
-
-
 @triton.jit
 def _sum_rows(parts, count: tl.constexpr, tokens, heads, K, rows, mask, ACC: tl.constexpr):
     """Sum over the blocks of parts [count, tokens, heads, K] at the elements `rows` of one of them."""

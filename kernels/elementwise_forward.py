@@ -402,73 +402,90 @@ def load_write(rows, v, b, j, i, K, V, KFULL: tl.constexpr, VFULL: tl.constexpr,
     return kt, st, load_row(v, i, V, VFULL).to(ACC), load_row(b, i, V, VFULL).to(ACC)
 
 
-@triton.jit
-def _sum_up(x, part, out, before, i, block, NK: tl.constexpr, V):
-    """Keep what the key blocks so far add to a row, x + before, in `part`; the last one puts the whole sum into `out`."""
-    x, i = tl.broadcast(x, i)
-    x += before
-    tl.store(part + i, x, mask=(i < V) & (block < NK - 1))
-    tl.store(out + i, x.to(out.dtype.element_ty), mask=(i < V) & (block == NK - 1))
-
-
-@triton.jit(do_not_specialize=["N", "h0"])
+@triton.jit(do_not_specialize=["N", "h0", "tokens"])
 def read(
-    rows, k, v, b, f, c, flags, prior, bonus, M, I, offsets, parts, o, variance, N, h0,
+    rows, k, v, b, f, c, flags, prior, bonus, M, I, offsets, o, N, tokens, h0,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
     KH: tl.constexpr, VR: tl.constexpr, KL: tl.constexpr, VL: tl.constexpr, NK: tl.constexpr, NV: tl.constexpr,
     KFULL: tl.constexpr, VFULL: tl.constexpr, WIDE: tl.constexpr, PRIOR: tl.constexpr, BEFORE: tl.constexpr,
     BONUS: tl.constexpr, VARIANCE: tl.constexpr, FAST: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """A chunk's outputs in a block of values: o and, VARIANCE, the variance, from one block of keys after the other; sums so
-    far stay in parts [tokens, heads, 1 or 2, V]. A and S are the states times f."""
-    slot, v0 = tl.program_id(0) // NV, tl.program_id(0) % NV * (VR * VL * 4)
+    """A chunk's outputs from one tile: o and, VARIANCE, the variance [key block, tokens, heads, 1 or 2, V]. A and S are the
+    states times f."""
+    slot, tile = tl.program_id(0) // (NK * NV), tl.program_id(0) % (NK * NV)
     head, heads = tl.program_id(1), tl.num_programs(1)
     start, end = locate(slot, offsets, N, C)
     if start >= end:
         return
-    h, n, i = h0 + head, (end - start).to(tl.int32), value_index(v0, VR, KL, VL)
+    h, n = h0 + head, (end - start).to(tl.int32)
+    k0, v0 = tile // NV * (KH * 4 * KL), tile % NV * (VR * VL * 4)
+    j, i = key_index(k0, KH, KL, VL), value_index(v0, VR, KL, VL)
     at = (slot.to(tl.int64) * heads + head) * K * V
+    p = load_prior(prior, h, j, i, K, V, PRIOR, ACC)
+    A, S = load_state(M + at, j, i, K, V), load_state(I + at, j, i, K, V)
     token = start * H + h
     rows, k, v, b, flags = rows + token * (3 * K), k + token * K, v + token * V, b + token * V, flags + token
     gate = token * K if WIDE else token
     f, c = f + gate, c + gate
     SUMS: tl.constexpr = 2 if VARIANCE else 1
-    parts, o, variance = parts + (start * heads + head) * (SUMS * V), o + token * V, variance + token * V
-    for block in range(0, NK):
-        k0 = block * (KH * 4 * KL)
-        j = key_index(k0, KH, KL, VL)
-        p = load_prior(prior, h, j, i, K, V, PRIOR, ACC)
-        A, S = load_state(M + at, j, i, K, V), load_state(I + at, j, i, K, V)
-        u = load_row(bonus + h * K, j, K, KFULL).to(ACC) if BONUS else 0.0
-        grown = load_gate(f, 0, H, K, j, WIDE) * 0.0 + 1.0
-        for t in range(0, n):
-            row, part, out = t * (H * 3 * K), parts + t * heads * (SUMS * V), t * (H * V)
-            before = tl.load(part + i, mask=(i < V) & (block > 0), other=0.0)
+    o += ((tile // NV * tokens + start) * heads + head) * (SUMS * V)
+    u = load_row(bonus + h * K, j, K, KFULL).to(ACC) if BONUS else 0.0
+    grown = load_gate(f, 0, H, K, j, WIDE) * 0.0 + 1.0
+    for t in range(0, n):
+        row = t * (H * 3 * K)
+        qt = load_row(rows + row + 2 * K, j, K, KFULL)
+        kt, st, vt, bt = load_write(rows + row, v + t * (H * V), b + t * (H * V), j, i, K, V, KFULL, VFULL, ACC)
+        flag, ft = tl.load(flags + t * H), load_gate(f, t, H, K, j, WIDE)
+        if FAST:
+            ahead = tl.minimum(t + AHEAD, n - 1)
+            fetch(rows + ahead * (H * 3 * K), k0, KH * 4 * KL, K, 3)
+            fetch(v + ahead * (H * V), v0, VR * VL * 4, V, 1)
+            fetch(b + ahead * (H * V), v0, VR * VL * 4, V, 1)
+        if BEFORE:
+            R = reciprocal(S + p * grown, FAST)
+            mean = A * R
+            if BONUS:
+                mean += (u * grown * load_row(k + t * (H * K), j, K, KFULL).to(ACC)) * vt * R
             if VARIANCE:
-                spread = tl.load(part + V + i, mask=(i < V) & (block > 0), other=0.0)
-            qt = load_row(rows + row + 2 * K, j, K, KFULL)
-            kt, st, vt, bt = load_write(rows + row, v + out, b + out, j, i, K, V, KFULL, VFULL, ACC)
-            flag, ft = tl.load(flags + t * H), load_gate(f, t, H, K, j, WIDE)
-            if FAST:
-                ahead = tl.minimum(t + AHEAD, n - 1)
-                fetch(rows + ahead * (H * 3 * K), k0, KH * 4 * KL, K, 3)
-                fetch(v + ahead * (H * V), v0, VR * VL * 4, V, 1)
-                fetch(b + ahead * (H * V), v0, VR * VL * 4, V, 1)
-            if BEFORE:
-                R = reciprocal(S + p * grown, FAST)
-                mean = A * R
-                if BONUS:
-                    mean += (u * grown * load_row(k + t * (H * K), j, K, KFULL).to(ACC)) * vt * R
-                if VARIANCE:
-                    _sum_up(over_keys(qt * qt * grown * R), part + V, variance + out, spread, i, block, NK, V)
-                _sum_up(over_keys(qt * mean), part, o + out, before, i, block, NK, V)
-            if flag != 0:
-                kept = load_gate(c, t, H, K, j, WIDE)
-                A, S = A * kept, S * kept
-            A, S, grown = A + kt * vt, S + st * bt, ft
-            if not BEFORE:
-                R = reciprocal(S + p * grown, FAST)
-                if VARIANCE:
-                    _sum_up(over_keys(qt * qt * grown * R), part + V, variance + out, spread, i, block, NK, V)
-                _sum_up(over_keys(qt * (A * R)), part, o + out, before, i, block, NK, V)
-        tl.debug_barrier()  # lanes read what others of their warp have stored
+                put(o + t * heads * (SUMS * V) + V, i, over_keys(qt * qt * grown * R), V)
+            put(o + t * heads * (SUMS * V), i, over_keys(qt * mean), V)
+        if flag != 0:
+            kept = load_gate(c, t, H, K, j, WIDE)
+            A, S = A * kept, S * kept
+        A, S, grown = A + kt * vt, S + st * bt, ft
+        if not BEFORE:
+            R = reciprocal(S + p * grown, FAST)
+            if VARIANCE:
+                put(o + t * heads * (SUMS * V) + V, i, over_keys(qt * qt * grown * R), V)
+            put(o + t * heads * (SUMS * V), i, over_keys(qt * (A * R)), V)
+
+
+@triton.jit(do_not_specialize=["h0", "blocks", "tokens"])
+def total(
+    parts,
+    out,
+    second,
+    blocks,
+    tokens,
+    h0,
+    H,
+    V: tl.constexpr,
+    TWO: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """out, and TWO: second, [tokens, H, V] (some of its heads) = sums of parts [blocks, tokens, heads, 1 or 2, V]."""
+    t, head, heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    x = tl.arange(0, BLOCK)
+    COUNT: tl.constexpr = 2 if TWO else 1
+    parts += (t * heads + head) * (COUNT * V)
+    one, two = tl.zeros([BLOCK], ACC), tl.zeros([BLOCK], ACC)
+    for _ in range(0, blocks):
+        one += tl.load(parts + x, mask=x < V, other=0.0)
+        if TWO:
+            two += tl.load(parts + V + x, mask=x < V, other=0.0)
+        parts += tokens.to(tl.int64) * heads * (COUNT * V)
+    at = (t * H + h0 + head) * V + x
+    tl.store(out + at, one.to(out.dtype.element_ty), mask=x < V)
+    if TWO:
+        tl.store(second + at, two.to(second.dtype.element_ty), mask=x < V)
