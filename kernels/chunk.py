@@ -295,7 +295,7 @@ def deposit(
 
 @triton.jit
 def _walk(
-    x, z, u, a, b, v, gain, G, s0, starts, last, offsets, c, H, K, V, X,
+    x, z, u, a, b, v, gain, G, s0, s0_n, s0_h, starts, last, offsets, c, H, K, V, X,
     REVERSE: tl.constexpr, RANK: tl.constexpr, ADDED: tl.constexpr, GAIN: tl.constexpr, BEFORE: tl.constexpr,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BX: tl.constexpr, DT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -313,7 +313,7 @@ def _walk(
     n, h, k0, v0 = row // H, row % H, tile // blocks * BK, tile % blocks * BV
     begin, finish = tl.load(offsets + n), tl.load(offsets + n + 1)
     first, chunks = begin // C + n, (finish - begin + C - 1) // C
-    source, inside = matrix_at(s0, row, K, V, k0, v0, BK, BV)
+    source, inside = matrix_at(s0 + n.to(tl.int64) * s0_n + h * s0_h, row * 0, K, V, k0, v0, BK, BV)
     S = tl.load(source, mask=inside, other=0.0).to(ACC)
     for count in range(0, chunks):
         chunk = chunks - 1 - count if REVERSE else count
@@ -400,7 +400,7 @@ def _some(
 
 @triton.jit
 def _pass(
-    D, G, s0, last, offsets, H, K, V, X,
+    D, G, s0, s0_n, s0_h, last, offsets, H, K, V, X,
     REVERSE: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """In place, D[chunk] := S, S <- decay S + D[chunk], from chunk to chunk of a sequence: STEP of them at once, and the next ones
@@ -415,7 +415,7 @@ def _pass(
     begin, finish = tl.load(offsets + n), tl.load(offsets + n + 1)
     first, chunks = begin // C + n, (finish - begin + C - 1) // C
     ends = row.to(tl.int64) * K * V + e
-    S = tl.load(s0 + ends, mask=e < K * V, other=0.0).to(ACC)
+    S = tl.load(s0 + n.to(tl.int64) * s0_n + h * s0_h + e, mask=e < K * V, other=0.0).to(ACC)
     decay, x = _some(D, G, order, chunks, begin, finish, first, h, H, e, K, V, X, REVERSE, C, ACC)
     at, live = _places(order, chunks, first, h, H, e, K, V, REVERSE)
     tl.store(D + at, S[None, :].to(D.dtype.element_ty), mask=live & (order == 0)[:, None])
@@ -773,7 +773,7 @@ def walk(
     """
     if rank is None and at.N * at.H * blocks(at.K, 64) * blocks(at.V, 32) < BUSY:
         return *_passed(at, G, s0, *added, c, reverse, before, gain, keep), None
-    states, last = at.states_like(s0, keep), torch.empty_like(s0)
+    states, last = at.states_like(s0, keep), s0.new_empty(s0.shape)
     x, z, a = rank or (G, G, G)
     b, v = added or (G, G)
     u = torch.empty_like(z) if rank else None
@@ -784,15 +784,21 @@ def walk(
         name = "rank walk" + kind
     BK, BV, launch = at.tile(name, at.K, at.V)
     _walk[at.N * at.H * blocks(at.K, BK) * blocks(at.V, BV),](
-        x, z, u if rank else G, a, b, v, G if gain is None else gain, G, s0, states, last, at.offsets, c, at.H, at.K, at.V, at.X,
+        x, z, u if rank else G, a, b, v, G if gain is None else gain, G, *strided(s0), states, last, at.offsets, c, at.H, at.K, at.V, at.X,
         reverse, rank is not None, added is not None, gain is not None, before, BK=BK, BV=BV, BX=at.wide_gate(BK), **launch, **at.options,
     )  # fmt: skip
     return states, last, u
 
 
+def strided(s0: Tensor) -> tuple[Tensor, int, int]:
+    """A state [N, H, K, V] whose matrices have no gaps, and its first strides: what sequences or heads share stays shared."""
+    s0 = s0 if s0.stride()[2:] == (s0.shape[3], 1) else s0.contiguous()
+    return s0, *s0.stride()[:2]
+
+
 def _passed(at, G, s0, b, v, c, reverse, before, gain, keep) -> tuple[Tensor, Tensor]:
     """`walk` for few long sequences: what every chunk adds is found for all of them at once, then passed on element by element."""
-    states, last = at.states_like(s0, keep), torch.empty_like(s0)
+    states, last = at.states_like(s0, keep), s0.new_empty(s0.shape)
     BK, BV, launch = at.tile("deposits", at.K, at.V)
     _deposits[at.slots * blocks(at.K, BK) * blocks(at.V, BV), at.H](
         b, v, G if gain is None else gain, G, states, at.offsets, c, at.N, at.H, at.K, at.V,
@@ -800,7 +806,7 @@ def _passed(at, G, s0, b, v, c, reverse, before, gain, keep) -> tuple[Tensor, Te
     )  # fmt: skip
     step, block = PASS
     _pass[at.N * at.H * blocks(at.K * at.V, block),](
-        states, G, s0, last, at.offsets, at.H, at.K, at.V, at.X,
+        states, G, *strided(s0), last, at.offsets, at.H, at.K, at.V, at.X,
         reverse, C, step, block, TYPES[at.wide], num_warps=1,
     )  # fmt: skip
     return states, last

@@ -17,7 +17,7 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, s0: Tensor, offsets: Tensor, scale: float, before: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """o, s_T, and what the gradient needs: gates, states at chunks' starts, scores, q and k decayed to chunks' borders."""
-    q, k, v, g, s0 = (x.contiguous() for x in (q, k, v, g, s0))
+    q, k, v, g = (x.contiguous() for x in (q, k, v, g))
     at = chunk.layout(q, v, g, offsets)
     G = chunk.cumulate(at, g)
     A, _, near, _, far = chunk.pairs(at, q, None, k, G, before)
@@ -31,7 +31,7 @@ def _forward(
 def _(q, k, v, g, s0, offsets, scale, before):
     at = chunk.layout(q, v, g, offsets)
     A, _, near, _, far = chunk.like_pairs(at, q)
-    o, last = torch.empty_like(v, dtype=q.dtype), torch.empty_like(s0)
+    o, last = torch.empty_like(v, dtype=q.dtype), s0.new_empty(s0.shape)
     return o, last, at.gates_like(q), at.states_like(q), *(torch.empty_like(x) for x in (A, near, far))
 
 

@@ -138,7 +138,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """o, s_T, and what the gradient needs: gates, states at chunks' starts, T and u; then, with a decay per channel, scores of q
     with w and k and of r with k, decayed q, r, w and k."""
-    q, r, w, k, v, g, s0 = (x.contiguous() for x in (q, r, w, k, v, g, s0))
+    q, r, w, k, v, g = (x.contiguous() for x in (q, r, w, k, v, g))
     at = chunk.layout(q, v, g, offsets)
     G, o = chunk.cumulate(at, g), torch.empty_like(v, dtype=q.dtype)
     qw, rw, q_near, r_near, w_far = chunk.pairs(at, q, r, w, G, before)
@@ -164,7 +164,7 @@ def _(q, r, w, k, v, g, s0, offsets, scale, before, shared):
     none = at.empty(q, 0)
     qk, rk, k_far = (none, none, none) if shared else (qw, qw, w_far)
     kept = at.scores_like(q), at.empty(v, *v.shape), qw, qk, rk, q_near, r_near, w_far, k_far
-    o, last = torch.empty_like(v, dtype=q.dtype), torch.empty_like(s0)
+    o, last = torch.empty_like(v, dtype=q.dtype), s0.new_empty(s0.shape)
     return o, last, at.gates_like(q), at.states_like(q), *(torch.empty_like(x) for x in kept)
 
 

@@ -154,7 +154,7 @@ def _forward(
     q: Tensor, k: Tensor, gain: Tensor, g: Tensor, prior: Tensor, p0: Tensor, offsets: Tensor, before: bool, steps: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x, P_T, and what the gradient needs besides: gates and P at chunks' starts."""
-    q, k, gain, g, prior, p0 = (y.contiguous() for y in (q, k, gain, g, prior, p0))
+    q, k, gain, g, prior = (y.contiguous() for y in (q, k, gain, g, prior))
     at = chunk.layout(q, k, g, offsets)
     G = chunk.cumulate(at, g)
     P, last, _ = chunk.walk(at, G, p0, None, (k, k), gain=gain, keep=at.wide)
@@ -165,7 +165,7 @@ def _forward(
 def _(q, k, gain, g, prior, p0, offsets, before, steps):
     at = chunk.layout(q, k, g, offsets)
     P = at.empty(q, at.slots, at.H, at.K, at.K, dtype=at.wide)
-    return torch.empty_like(q), torch.empty_like(p0), at.gates_like(q), P
+    return torch.empty_like(q), p0.new_empty(p0.shape), at.gates_like(q), P
 
 
 @torch.library.custom_op("unify::solve_backward", mutates_args=())

@@ -74,7 +74,7 @@ class Kernels:
         from unify.kernels.solve import solve
 
         if ridge is not None:  # a few percent of P: what it lets through nearly cancels, too fine for half precision
-            q, k, v = (x.to(gain.dtype) for x in (q, k, v))
+            q, k, v, g = (x.to(gain.dtype) for x in (q, k, v, g))
             prior = self._ridge(k, gain, g, P0, ridge)
         x, P = solve(q, k, gain, g, prior, P0, self.stretched, before=before)
         read = x if mix is None else (q + mix[..., None] * (x - q)).to(q.dtype)

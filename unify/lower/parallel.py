@@ -151,7 +151,8 @@ class Sequence:
             return found.expand(-1, -1, -1, *self.sizes(x.dims))
         if name in self.request.arguments:
             whole = self.inputs[self.request.arguments[name]]
-            return whole if x.factor or x.dims else whole.to(self.wide)  # kernels widen rows as they load them
+            # kernels widen rows and gates as they load them
+            return whole if x.factor or x.dims or name == "g" else whole.to(self.wide)
         parts = [self.full(y, x.dims) for y in x.exprs]
         parts = [y.to(self.dtype) for y in parts] if x.factor else parts
         return parts[0] if len(parts) == 1 else torch.stack(parts, 2).flatten(1, 2)
