@@ -59,6 +59,32 @@ def case(offsets, B, H, K, dtype, token=False, kind="mixed", seed=0):
     return [*narrow[:2], gain.to(wide), narrow[2], prior.to(wide), (p0 + p0.mT) / 2]
 
 
+def key_slopes(x, y, given, offsets, before):
+    """dk [tokens, H, K] of a functional of x alone, of x and its adjoint y = (P + Lambda)^-1 dx, [tokens, H, K], float64."""
+    _, k, gain, g, *_ = (z.double().flatten(0, 1) if z.ndim > 2 else z for z in given)
+    out = torch.zeros_like(k)
+    for start, end in pairwise(offsets):
+        D = torch.zeros(*k.shape[1:], k.shape[2], dtype=torch.float64)  # adjoint of P behind the token
+        for t in reversed(range(start, end)):
+            seen = -y[t][..., None] * x[t][:, None]
+            D = D if before else D + seen
+            out[t] = gain[t, :, None] * ((D + D.mT) @ k[t][..., None])[..., 0]
+            D = g[t].exp()[:, None, None] * D
+            D = D + seen if before else D
+    return out
+
+
+def rounded_solutions(given, want, offsets, before):
+    """Relative error of dk if x and y were right but for their rounding to q's type: what is left to a kernel that multiplies in it.
+
+    want: `graded` of the recurrence in float64.
+    """
+    x, y = (want[NAMES.index(name)].flatten(0, 1) for name in ("x", "dq"))
+    coarse = (z.to(given[0].dtype).double() for z in (x, y))
+    change = key_slopes(*coarse, given, offsets, before) - key_slopes(x, y, given, offsets, before)
+    return (change.norm() / want[NAMES.index("dk")].norm()).item()
+
+
 @pytest.fixture(autouse=True)
 def _interpreted(request):
     """Where there is a GPU nothing is interpreted, and kernels take no CPU tensors."""
@@ -73,11 +99,19 @@ def poisoned(monkeypatch):
 
 
 def compare(x, offsets, before=False, device="cpu", tolerance=None):
+    """Against the float64 recurrence. dk in half precision: within twice what rounding x and y costs, where that is more."""
     want = graded(lambda *a: dense(*a, offsets, before), [y.double() for y in x])
     at = torch.tensor(offsets, device=device)
     got = graded(lambda *a: solve(*a, at, before=before), [y.to(device) for y in x])
     assert got[0].dtype == x[0].dtype
-    agree(got, want, NAMES, tolerance or TOLERANCE[x[0].dtype])
+    tolerance = tolerance or TOLERANCE[x[0].dtype]
+    if x[0].element_size() == 2:
+        n, limit = NAMES.index("dk"), max(tolerance, 2 * rounded_solutions(x, want, offsets, before))
+        agree(got[n : n + 1], want[n : n + 1], ["dk"], limit)
+        got, want = ([*z[:n], *z[n + 1 :]] for z in (got, want))
+        agree(got, want, [*NAMES[:n], *NAMES[n + 1 :]], tolerance)
+    else:
+        agree(got, want, NAMES, tolerance)
 
 
 @pytest.mark.parametrize("before", [False, True], ids=["after", "before"])
@@ -91,6 +125,22 @@ def test_packed_sequences_with_all_gates_match_dense_solves(poisoned, dtype, tok
 def test_half_precision_inputs_and_weak_gates(poisoned, dtype):
     offsets = [0, 66, 132]
     compare(case(offsets, 2, 2, 17, dtype, kind="weak"), offsets)
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["after", "before"])
+def test_what_rounding_the_solutions_costs(before):
+    """The formula is autograd's gradient where nothing is rounded; three bits less cost more than 4 times the error; float64 costs nothing."""
+    given = [y.double() for y in case(PACKED, 1, 2, 8, torch.bfloat16, True)]
+    leaves = [y.clone().requires_grad_() for y in given]
+    x, _ = dense(*leaves, PACKED, before)
+    dq, dk = torch.autograd.grad((x * torch.linspace(-1, 1, x.numel()).view_as(x)).sum(), leaves[:2])
+    torch.testing.assert_close(key_slopes(x.detach()[0], dq[0], given, PACKED, before), dk[0])
+    want = [x.detach(), None, dq, dk]
+    costs = [
+        rounded_solutions([given[0].to(d), *given[1:]], want, PACKED, before) for d in (torch.bfloat16, torch.float16)
+    ]
+    assert costs[0] > 4 * costs[1] > 0
+    assert rounded_solutions(given, want, PACKED, before) == 0
 
 
 @pytest.mark.parametrize("K", [40, 1])
