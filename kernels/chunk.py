@@ -605,15 +605,15 @@ LEVELS = C.bit_length() - 1
 TILES = {
     "plain scores": (64, 64, 4, 2),  # 31 / 43; 32x4 40 / 53, 128x4 37 / 44
     "head scores": (64, 64, 8, 3),  # 39 / 85; 64x4 43 / 87, 128x4 47 / 110
-    "channel scores of two": (32, 64, 4, 3),
+    "channel scores of two": (32, 64, 4, 3),  # on an H100 287 / 719; 32x8 404 / 1002, 16x4 326 / 787, 16x8 567 / 1450
     "channel scores": (32, 64, 8, 3),  # 153 / 388; 32x4 177 / 415, 64x4 199 / 390
     "linear walk": (64, 32, 4, 3),  # 72 / 420; 64x64x4 84 / 540, 32x32x4 92 / 488, 64x16x4 119
-    "deposits": (64, 64, 4, 1),
+    "deposits": (64, 64, 4, 1),  # on an H100 - / 98; 64x128x8 94, 128x64x4 96, 64x32x4 125
     "rank walk": (0, 32, 4, 2),  # forward 139 / 939, backward 328 / 1182; three stages leave room for one program: 203
     "rank walk back": (0, 64, 8, 2),  # backward 223 / 1648, forward 174 / 1303
     "rank walk few": (0, 16, 4, 3),  # forward 201 / 593, backward 415 / 1007
     "rank walk tall": (0, 16, 8, 1),  # K > 128, for want of shared memory
-    "read": (64, 64, 4, 2),  # 70 / 102; 32x64x4 75 / 107, 32x128x4 87 / 104, 64x128x8 94 / 107
+    "read": (64, 64, 4, 2),  # 3 stages 70 / 102, 32x64x4 75 / 107, 32x128x4 87 / 104; on an H100 105 / 157, 107 / 159
     "head grads": (64, 64, 4, 2),  # 188 / 329; 32x64x4 172 / 365, 32x64x8 234 / 521
     "channel grads": (32, 128, 4, 2),  # 434 / 1026; 32x64x4 477 / 1172, 64x64x8 556 / 1016
     "channel grads of two": (64, 64, 8, 3),  # two reads or writes, 948; 32x128x4 1077, 32x64x4 1027 (beside other work)

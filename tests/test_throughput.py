@@ -1,6 +1,7 @@
 """The comparison of a host and its metaplastic self, at toy size: its figures are there and its error can be large."""
 
 import json
+from pathlib import Path
 
 import pytest
 from hosts import host
@@ -21,6 +22,13 @@ def test_a_record_of_host_and_converted(tmp_path, capsys):
     assert record["parameters"] == sum(p.numel() for p in host("mamba2").parameters())
     assert "torch" in record["on"]
     assert capsys.readouterr().out.count("\n") == 3
+
+
+def test_the_readme_says_what_was_recorded():
+    root = Path(__file__).parents[1]
+    record = json.loads((root / "benchmarks" / "convert.json").read_text())
+    assert throughput.in_words(record) in " ".join((root / "README.md").read_text().split())
+    assert throughput.in_words(record | {"prompt": 7}) not in " ".join((root / "README.md").read_text().split())
 
 
 def test_the_error_sees_an_importance(tmp_path, monkeypatch):
