@@ -106,11 +106,13 @@ def in_words(record: dict) -> str:
     """A record as the README says it."""
     host, key, diagonal = (record["variants"][v] for v in VARIANTS)
     speeds = lambda what: ", ".join(f"{x[what]:,.{0 if what == 'prefill' else 1}f}" for x in (host, key, diagonal))  # noqa: E731
+    on, count = f"{record['on']}, transformers {record['transformers']}", record["parameters"] / 1e9
     return (
-        f"A random {record['model_type']} of {record['parameters'] / 1e9:.2f} billion parameters ({record['on']}, transformers {record['transformers']}): "
-        f"converted with key and diagonal importance, its logits differ by {key['exact']:.1e} and {diagonal['exact']:.1e} of their norm in float32, and in "
-        f"{record['dtype']} by {key['error']:.3f} and {diagonal['error']:.3f}, where that rounding moves the host's own by {host['rounding']:.3f}. "
-        f"Host, key, diagonal: {speeds('prefill')} tokens a second of a prompt of {record['prompt']:,}, {speeds('decode')} of decoding, batch 1."
+        f"A random {record['model_type']} of {count:.2f} billion parameters ({on}): converted with key and diagonal importance, "
+        f"its logits differ by {key['exact']:.1e} and {diagonal['exact']:.1e} of their norm in float32, and in {record['dtype']} "
+        f"by {key['error']:.3f} and {diagonal['error']:.3f}, where that rounding moves the host's own by {host['rounding']:.3f}. "
+        f"Host, key, diagonal: {speeds('prefill')} tokens a second of a prompt of {record['prompt']:,}, {speeds('decode')} of "
+        "decoding, batch 1."
     )
 
 

@@ -129,7 +129,7 @@ def test_half_precision_inputs_and_weak_gates(poisoned, dtype):
 
 @pytest.mark.parametrize("before", [False, True], ids=["after", "before"])
 def test_what_rounding_the_solutions_costs(before):
-    """The formula is autograd's gradient where nothing is rounded; three bits less cost more than 4 times the error; float64 costs nothing."""
+    """The formula is autograd's gradient where nothing is rounded, three bits less cost more than 4 times as much, float64 nothing."""
     given = [y.double() for y in case(PACKED, 1, 2, 8, torch.bfloat16, True)]
     leaves = [y.clone().requires_grad_() for y in given]
     x, _ = dense(*leaves, PACKED, before)
