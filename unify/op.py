@@ -160,7 +160,7 @@ class Op:
         return o.to(dtype), var.to(dtype) if variance else None, final
 
     def _schedule(self, inputs: dict, state: tuple, scale: float, variance: bool):
-        if self.backend != "reference" and self.plan.chunked:
+        if self.backend != "reference" and self.plan.chunked and inputs["q"].shape[1] > 1:  # one token is one step
             from .lower import parallel
 
             return parallel.run(self.recurrence, self.structure, self.plan, inputs, state, scale, variance)
