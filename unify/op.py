@@ -378,7 +378,8 @@ _pytree.register_constant(_Constant)
 
 def uncast(device: str):
     """Autocast switched off, where there is such a thing: the arguments' dtypes say what may be narrow, and sums never are."""
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else nullcontext()
 
 
 def _traced(constant: _Constant, inputs: dict, variance: bool, options: dict) -> tuple:
