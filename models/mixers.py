@@ -67,15 +67,15 @@ class Adapter:
         serving several of v's."""
         heads, keys, values = v.shape[2], q.shape[-1], v.shape[-1]
         q, k = (x.repeat_interleave(heads // x.shape[2], 2) if x.shape[2] != heads else x for x in (q, k))
-        found = None if state is None else self._unpacked(state.float(), heads, keys, values)
+        start = None if state is None else self._unpacked(state, heads, keys, values)
         o, new = self.op(
-            q, k, v, scale=scale, initial_state=found, cu_seqlens=cu_seqlens, output_final_state=True,
+            q, k, v, scale=scale, initial_state=start, cu_seqlens=cu_seqlens, output_final_state=True,
             importance=self.importance(seen) if importance is None else importance,
             **{name: x.float() for name, x in gates.items()},
         )  # fmt: skip
         if not in_place:
             return o, torch.cat([x.flatten(1) for x in new], 1)
-        for old, x in zip(self._unpacked(state, heads, keys, values), new, strict=True):
+        for old, x in zip(start, new, strict=True):
             old.copy_(x)
         return o, state
 

@@ -35,9 +35,9 @@ GATES = ("g", "g_importance", *POSITIVE, *NOT_NEGATIVE)  # what decides about ot
 class Op:
     """One triple, ready to run. Made by `compile`; printable at every stage (`triple`, `recurrence`, `structure`, `plan`).
 
-    backend: "torch" (chunk-parallel where the plan has such a form, the token loop where it has none), "triton" (printed
-        kernels; on a CPU only in Triton's interpreter), "reference" (the float64 token loop, whatever the plan says), or
-        "auto" (triton for tensors on a GPU, torch elsewhere).
+    backend: "torch" (chunk-parallel where the plan has such a form, the token loop where it has none or there is but one
+        token), "triton" (printed kernels; on a CPU only in Triton's interpreter), "reference" (the float64 token loop,
+        whatever the plan says), or "auto" (triton for tensors on a GPU, torch elsewhere).
     checked: whether values (NaN, sign) are checked besides shapes and dtypes; None checks on a CPU only, because a look
         at values makes a GPU wait.
     """
@@ -148,7 +148,7 @@ class Op:
         return run(self.recurrence, self.structure, self.plan, inputs, state, offsets, scale, variance)
 
     def _torch(self, inputs: dict, sizes: dict, initial: Any, offsets: Any, variance: bool, scale: float):
-        """The chunk-parallel form or the token loop, in at least float32."""
+        """The chunk-parallel form or, without one and for a single token, the token loop, in at least float32."""
         dtype = inputs["q"].dtype
         wide = torch.float64 if self.backend == "reference" or dtype == torch.float64 else torch.float32
         inputs = {name: x.to(wide) for name, x in inputs.items()}
