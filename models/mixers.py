@@ -137,7 +137,7 @@ class Mamba2(Adapter):
             importance=b * (dt if b.ndim == 3 else dt[..., None]), **options,
         )  # fmt: skip
         if D is not None:  # products with a float32 factor, as dt is too, are float32
-            o = o + (D if D.ndim == 2 else D[:, None]).float() * x
+            o = torch.addcmul(o, (D if D.ndim == 2 else D[:, None]).float(), x)
         return (o if z is None else o * F.silu(z.float())), state
 
 
