@@ -1,9 +1,9 @@
 """Adapters: how the operators that other libraries' mixers call become one of our ops, with an importance.
 
 One class a family, whose methods carry the operators' own names and signatures; `graft` puts them where the mixer calls
-them. Projections, convolutions, norms and gates stay the mixer's. An operator's state here is a packed pair, the memory
-and, beside it along the value axis, the importance it has accumulated: [B, H, K, V + V] or [B, H, K, V + 1]. Both start
-at zero, so a cache that keeps, zeroes, reorders or repeats what it is given needs to know nothing of it.
+them. Projections, convolutions, norms and gates stay the mixer's. An operator's state here is a packed row a sequence, the
+memory [H, K, V] and behind it the importance it has accumulated, [H, K] or [H, K, V]: [B, H K V + H K] or [B, 2 H K V].
+Both start at zero, so a cache that keeps, zeroes, reorders or repeats what it is given needs to know nothing of it.
 """
 
 from __future__ import annotations
@@ -41,9 +41,8 @@ class Importance(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, T, hidden] -> [B, T, H] (one channel) or [B, T, H, V], float32, >= 0."""
-        scale = self.scale.float()
         raw = self.up(self.down(x.to(self.down.weight.dtype))).unflatten(-1, (self.heads, self.channels))
-        b = raw.float().sigmoid() * torch.where(scale >= 0, scale, -scale)[:, None]
+        b = raw.float().sigmoid() * torch.where(self.scale >= 0, self.scale, -self.scale)[:, None]
         return b[..., 0] if self.channels == 1 else b
 
 
@@ -62,29 +61,35 @@ class Adapter:
     importance: Importance
 
     def _memory(
-        self, seen, q, k, v, *, scale, state, importance=None, cu_seqlens=None, **gates
+        self, seen, q, k, v, *, scale, state, importance=None, cu_seqlens=None, in_place=False, **gates
     ) -> tuple[Tensor, Tensor]:
-        """The op from a packed state to a packed state. q and k may have fewer heads, each serving several of v's."""
-        heads, channels = v.shape[-2], v.shape[-1]
+        """The op from a packed state to a packed state (in_place: the same tensor). q and k may have fewer heads, each
+        serving several of v's."""
+        heads, keys, values = v.shape[2], q.shape[-1], v.shape[-1]
         q, k = (x.repeat_interleave(heads // x.shape[2], 2) if x.shape[2] != heads else x for x in (q, k))
-        if state is not None:
-            state = state.float()
-            state = (
-                state[..., :channels],
-                state[..., channels] if self.importance.channels == 1 else state[..., channels:],
-            )
-        importance = self.importance(seen) if importance is None else importance
-        o, state = self.op(
-            q, k, v, scale=scale, initial_state=state, cu_seqlens=cu_seqlens, output_final_state=True,
-            importance=importance, **{name: x.float() for name, x in gates.items()},
+        start = None if state is None else self._unpacked(state, heads, keys, values)
+        o, new = self.op(
+            q, k, v, scale=scale, initial_state=start, cu_seqlens=cu_seqlens, output_final_state=True,
+            importance=self.importance(seen) if importance is None else importance,
+            **{name: x.float() for name, x in gates.items()},
         )  # fmt: skip
-        memory, seen_before = state
-        return o, torch.cat([memory, seen_before[..., None] if self.importance.channels == 1 else seen_before], -1)
+        if not in_place:
+            return o, torch.cat([x.flatten(1) for x in new], 1)
+        for old, x in zip(start, new, strict=True):
+            old.copy_(x)
+        return o, state
+
+    def _unpacked(self, state: Tensor, heads: int, keys: int, values: int) -> tuple[Tensor, Tensor]:
+        """Memory and importance as views of a packed state, contiguous where it holds one sequence."""
+        size, per_value = heads * keys * values, () if self.importance.channels == 1 else (values,)
+        memory, importance = state[:, :size], state[:, size:]
+        return memory.unflatten(1, (heads, keys, values)), importance.unflatten(1, (heads, keys, *per_value))
 
 
 def _unit(x: Tensor) -> Tensor:
     """L2 norm as the field's kernels have it, the epsilon under the root."""
-    return x.float() * torch.rsqrt(x.float().square().sum(-1, keepdim=True) + 1e-6)
+    x = x.float()
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
 
 
 def _refuse(**wanted) -> None:
@@ -109,9 +114,9 @@ class Mamba2(Adapter):
         self, hidden_states, dt, A, B, C, chunk_size=None, D=None, dt_bias=None, initial_states=None, dt_softplus=False,
         dt_limit=(0.0, float("inf")), return_final_states=False, z=None, seq_idx=None, *, seen, **kwargs,
     ):  # fmt: skip
-        """hidden_states: [B, T, H, P]; dt: [B, T, H]; A: [H], < 0; B, C: [B, T, G, N]; the state is [B, H, N, P + ...]."""
+        """hidden_states: [B, T, H, P]; dt: [B, T, H]; A: [H], < 0; B, C: [B, T, G, N]; the state is packed."""
         dt = _step(dt, dt_bias, dt_softplus).clamp(*dt_limit)
-        o, state = self._scan(hidden_states, dt, A, B, C, D, z, initial_states, seen, _offsets(seq_idx))
+        o, state = self._scan(hidden_states, dt, A, B, C, D, z, initial_states, seen, cu_seqlens=_offsets(seq_idx))
         return (o, state) if return_final_states else o
 
     def mamba2_selective_state_update(
@@ -120,22 +125,19 @@ class Mamba2(Adapter):
         """One token, the state in place. hidden_states, dt: [B, H, P]; A: [H, P, N]; B, C: [B, G, N]; D, dt_bias: [H, P]."""
         dt = _step(dt[..., 0], dt_bias if dt_bias is None else dt_bias[:, 0], dt_softplus)
         x, dt, B, C, z = (None if y is None else y[:, None] for y in (hidden_states, dt, B, C, z))
-        o, new = self._scan(x, dt, A[:, 0, 0], B, C, D if D is None else D[:, 0], z, state, seen, None)
-        state.copy_(new)
+        o, _ = self._scan(x, dt, A[:, 0, 0], B, C, D if D is None else D[:, 0], z, state, seen, in_place=True)
         return o[:, 0].to(x.dtype)
 
-    def _scan(self, x, dt, A, B, C, D, z, state, seen, cu_seqlens) -> tuple[Tensor, Tensor]:
-        narrow = (
-            x.dtype if x.is_cuda else torch.float32
-        )  # a GPU multiplies in the model's own precision, as its kernels do
+    def _scan(self, x, dt, A, B, C, D, z, state, seen, **options) -> tuple[Tensor, Tensor]:
+        # a GPU multiplies in the model's own precision, as its kernels do
+        narrow = x.dtype if x.is_cuda else torch.float32
         b = self.importance(seen)
         o, state = self._memory(
-            seen, C.to(narrow), B.to(narrow), (x.float() * dt[..., None]).to(narrow), g=A.float() * dt, scale=1.0,
-            state=state, importance=b * (dt if b.ndim == 3 else dt[..., None]), cu_seqlens=cu_seqlens,
+            seen, C.to(narrow), B.to(narrow), (x * dt[..., None]).to(narrow), g=A.float() * dt, scale=1.0, state=state,
+            importance=b * (dt if b.ndim == 3 else dt[..., None]), **options,
         )  # fmt: skip
-        o = o.float()
-        if D is not None:
-            o = o + (D if D.ndim == 2 else D[:, None]).float() * x.float()
+        if D is not None:  # products with a float32 factor, as dt is too, are float32
+            o = torch.addcmul(o, (D if D.ndim == 2 else D[:, None]).float(), x)
         return (o if z is None else o * F.silu(z.float())), state
 
 
@@ -177,7 +179,7 @@ class FlaMamba2(Mamba2):
         dt = _step(dt, self.dt_bias, True).clamp(*self.dt_limit)
         x, k, q = x.unflatten(-1, heads), k.unflatten(-1, groups), q.unflatten(-1, groups)
         A = -self.A_log.float().exp()
-        o, state = self._scan(x, dt, A, k, q, self._get_D(), None, state, hidden_states, None)
+        o, state = self._scan(x, dt, A, k, q, self._get_D(), None, state, hidden_states)
         o = o.flatten(2).to(hidden_states.dtype)
         o = o * self.act(gate) if self.norm is None else self.norm(o, gate)
         return self.out_proj(o), line[..., -W:], state

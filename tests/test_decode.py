@@ -1,4 +1,4 @@
-"""Decoding on the Triton backend: prefill, then a call for each token, and no work but the kernel's."""
+"""Decoding: prefill, then a call for each token, and no work but the kernel's or, on torch, the step's."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
+from unify.lower import parallel
 from unify.models.zoo import get
 from unify.op import compile
 from unify.testing import assert_close, random_inputs, random_state
@@ -86,3 +87,59 @@ def test_what_is_launched_is_seen():
     with Launched() as seen:
         torch.ones(2).to(torch.bfloat16)
     assert seen.names == ["aten::ones", "aten::_to_copy"]
+
+
+# -- torch ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_token_on_torch_is_one_step_and_what_the_schedule_makes_of_it(name, monkeypatch):
+    """The schedule of chunks is another computation of the same token; the op does not use it."""
+    op = compile(get(name).triple, "torch")
+    x = random_inputs(op, B=2, T=1, H=2, K=3, V=2)
+    state = random_state(op, x)
+    o, variance, final = parallel.run(op.recurrence, op.structure, op.plan, x, state, 0.5, True)
+    monkeypatch.setattr(parallel, "run", None)
+    found = everything(op, x, initial_state=state, scale=0.5)
+    for key, expected in {"o": o, "variance": variance, **dict(zip(op.state_type._fields, final, strict=True))}.items():
+        assert_close(found[key], expected, 1e-9, key)
+
+
+def test_two_tokens_are_a_schedule_s(monkeypatch):
+    op = compile(get("gla").triple, "torch")
+    monkeypatch.setattr(parallel, "run", None)
+    with pytest.raises(TypeError, match="NoneType"):
+        op(**random_inputs(op, T=2))
+
+
+# -- a converted mixer -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["key", "diagonal"])
+@pytest.mark.parametrize("B", [1, 2])
+def test_a_token_is_written_into_the_state_of_a_mamba2_mixer(B, kind):
+    from test_convert import converted
+
+    mixer = converted("mamba2", kind).backbone.layers[0].mixer
+    x, dt, seen = torch.randn(B, 2, 8, 8), torch.rand(B, 2, 8), torch.randn(B, 2, 32)
+    k, q, A = torch.randn(B, 2, 2, 8), torch.randn(B, 2, 2, 8), -torch.rand(8)
+
+    def scan(T):
+        return mixer.mamba2_chunk_scan(
+            x[:, :T], dt[:, :T], A, k[:, :T], q[:, :T], D=mixer.D, return_final_states=True, seen=seen[:, :T]
+        )
+
+    with torch.no_grad():
+        (whole, end), (_, state) = scan(2), scan(1)
+        D, one, tall = (
+            mixer.D[:, None].expand(8, 8),
+            dt[:, 1, :, None].expand(B, 8, 8),
+            A[:, None, None].expand(8, 8, 8),
+        )
+        assert all(part.is_contiguous() for part in mixer._unpacked(state[:1], 8, 8, 8))
+        with Launched() as seen_ops:
+            o = mixer.mamba2_selective_state_update(state, x[:, 1], one, tall, k[:, 1], q[:, 1], D, seen=seen[:, 1:])
+    assert_close(o, whole[:, 1], 1e-5, "o")
+    assert_close(state, end, 1e-5, "state")
+    assert seen_ops.names.count("aten::copy_") == 2
+    assert "aten::cat" not in seen_ops.names

@@ -35,9 +35,9 @@ GATES = ("g", "g_importance", *POSITIVE, *NOT_NEGATIVE)  # what decides about ot
 class Op:
     """One triple, ready to run. Made by `compile`; printable at every stage (`triple`, `recurrence`, `structure`, `plan`).
 
-    backend: "torch" (chunk-parallel where the plan has such a form, the token loop where it has none), "triton" (printed
-        kernels; on a CPU only in Triton's interpreter), "reference" (the float64 token loop, whatever the plan says), or
-        "auto" (triton for tensors on a GPU, torch elsewhere).
+    backend: "torch" (chunk-parallel where the plan has such a form, the token loop where it has none or there is but one
+        token), "triton" (printed kernels; on a CPU only in Triton's interpreter), "reference" (the float64 token loop,
+        whatever the plan says), or "auto" (triton for tensors on a GPU, torch elsewhere).
     checked: whether values (NaN, sign) are checked besides shapes and dtypes; None checks on a CPU only, because a look
         at values makes a GPU wait.
     """
@@ -148,7 +148,7 @@ class Op:
         return run(self.recurrence, self.structure, self.plan, inputs, state, offsets, scale, variance)
 
     def _torch(self, inputs: dict, sizes: dict, initial: Any, offsets: Any, variance: bool, scale: float):
-        """The chunk-parallel form or the token loop, in at least float32."""
+        """The chunk-parallel form or, without one and for a single token, the token loop, in at least float32."""
         dtype = inputs["q"].dtype
         wide = torch.float64 if self.backend == "reference" or dtype == torch.float64 else torch.float32
         inputs = {name: x.to(wide) for name, x in inputs.items()}
@@ -160,7 +160,7 @@ class Op:
         return o.to(dtype), var.to(dtype) if variance else None, final
 
     def _schedule(self, inputs: dict, state: tuple, scale: float, variance: bool):
-        if self.backend != "reference" and self.plan.chunked:
+        if self.backend != "reference" and self.plan.chunked and inputs["q"].shape[1] > 1:  # one token is one step
             from .lower import parallel
 
             return parallel.run(self.recurrence, self.structure, self.plan, inputs, state, scale, variance)
@@ -378,7 +378,8 @@ _pytree.register_constant(_Constant)
 
 def uncast(device: str):
     """Autocast switched off, where there is such a thing: the arguments' dtypes say what may be narrow, and sums never are."""
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else nullcontext()
 
 
 def _traced(constant: _Constant, inputs: dict, variance: bool, options: dict) -> tuple:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from time import perf_counter
 
 import torch
@@ -66,7 +67,7 @@ def verify(
     derivation  the update makes the free energy stationary, in exact arithmetic, and its Hessian positive definite
     published   the derived token loop computes what the model's paper says (for models in the zoo)
     chunked     the chunk-parallel form computes what the token loop computes: o, variance and final state
-    split       prefilling and then going on token by token changes nothing, nor does packing sequences together
+    split       prefilling in two parts and going on token by token changes nothing, nor does packing sequences together
     gradients   autograd of both forms against finite differences: every argument, initial state and the variance
 
     seed: of the random inputs. progress: called with each check's name before it starts.
@@ -170,10 +171,10 @@ def tokens(op: Op, x: dict[str, Tensor], start: int, stop: int) -> dict[str, Ten
     return {k: v if per[k] == "static" else v[:, start * every[per[k]] : stop * every[per[k]]] for k, v in x.items()}
 
 
-def _split(op: Op, seed: int, length: int = 20, prefill: int = 13) -> tuple[float, str]:
+def _split(op: Op, seed: int, length: int = 20, first: int = 7, prefill: int = 13) -> tuple[float, str]:
     x = random_inputs(op, seed, B=1, T=length, K=4, V=3)
     whole, state, parts = everything(op, x), None, []
-    for start, stop in [(0, prefill), *((t, t + 1) for t in range(prefill, length))]:
+    for start, stop in pairwise((0, first, *range(prefill, length + 1))):  # one token runs no chunk, even where many do
         parts.append(everything(op, tokens(op, x, start, stop), initial_state=state))
         state = tuple(parts[-1][name] for name in op.state_type._fields)
     errors = [
@@ -187,7 +188,9 @@ def _split(op: Op, seed: int, length: int = 20, prefill: int = 13) -> tuple[floa
     for key, found in packed.items():
         want = torch.cat([part[key] for part in alone], 1 if key in ("o", "variance") else 0)
         errors.append(assert_close(found, want, 1e-9, f"{key} packed"))
-    return max(errors), f"{prefill} tokens, then one by one; packed as 1 + {prefill - 1} + {length - prefill}"
+    return max(
+        errors
+    ), f"{first} + {prefill - first} tokens, then one by one; packed as 1 + {prefill - 1} + {length - prefill}"
 
 
 def _gradients(loop: Op, fast: Op, seed: int) -> tuple[float, str]:
