@@ -153,12 +153,10 @@ def _table(records: list[dict[str, Any]]) -> None:
     from .bytes.report import standings
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("model", "bits a byte", "least … largest", "bytes seen", "name again", "first time", "parameters"):
-        table.add_column(title, justify="left" if title == "model" else "right")
-    for s in standings(records):
-        again, first = (
-            "" if x is None else f"{x:.1%}" for x in (s.recall("accuracy"), s.recall("first_accuracy"))
-        )  # of its scored bytes
-        table.add_row(s.label, f"{s.mean:.3f}", f"{min(s.bits):.3f} … {max(s.bits):.3f}", f"{s.run.tokens:,}", again, first,
-                      f"{s.records[0]['parameters']:,}")  # fmt: skip
+    for title in ("model", "bits/byte", "range", "bytes", "recalled", "first", "parameters"):
+        table.add_column(title, justify="left" if title == "model" else "right", no_wrap=True)
+    for s in standings(records):  # of its scored bytes, where a name comes again and where it came first
+        recalled, first = ("" if x is None else f"{x:.1%}" for x in (s.recall("accuracy"), s.recall("first_accuracy")))
+        spread, size = f"{min(s.bits):.3f} … {max(s.bits):.3f}", f"{s.records[0]['parameters']:,}"
+        table.add_row(s.label, f"{s.mean:.3f}", spread, f"{s.run.tokens:,}", recalled, first, size)
     _console().print(table)
