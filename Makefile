@@ -28,8 +28,8 @@ test: lint ## style and every test that needs no GPU
 
 test-gpu: $(READY) ## the tests that need a GPU, every model among them
 	@$(BIN)/unify verify linear_attention --device cuda
-	@echo "==> running the GPU tests"
-	@$(BIN)/pytest -m gpu
+	@echo "==> running the GPU tests in $(WORKERS) processes; those of a file in one, for the largest fill a GPU's memory"
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile -m gpu
 
 lint: $(READY) ## check style and formatting
 	@echo "==> checking style and formatting with ruff"
