@@ -794,10 +794,13 @@ def walk(
     return states, last, u
 
 
-def strided(s0: Tensor) -> tuple[Tensor, int, int]:
-    """A state [N, H, K, V] whose matrices have no gaps, and its first strides: what sequences or heads share stays shared."""
-    s0 = s0 if s0.stride()[2:] == (s0.shape[3], 1) else s0.contiguous()
-    return s0, *s0.stride()[:2]
+def strided(*states: Tensor) -> tuple[Tensor | int, ...]:
+    """States [N, H, K, V] of the same strides, their matrices without gaps, then their first two strides: what all sequences or
+    heads share stays shared."""
+    whole = {x.stride() for x in states}
+    if len(whole) > 1 or states[0].stride()[2:] != (states[0].shape[3], 1):
+        states = tuple(x.contiguous() for x in states)
+    return *states, *states[0].stride()[:2]
 
 
 def _passed(at, G, s0, b, v, c, reverse, before, gain, keep) -> tuple[Tensor, Tensor]:

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from unify.kernels import elementwise_backward as backward
 from unify.kernels import elementwise_forward as forward
+from unify.kernels.chunk import strided
 
 CHUNK = 128  # tokens between states in memory, forward
 CHUNK_BACK = 64  # and backward: twice the programs
@@ -77,13 +78,6 @@ GRADIENT = Tile(1, 2, 4, 8)  # 3.29; (1, 2, 8, 4) 3.45, (1, 1, 4, 8) 3.53
 
 
 # ---- launches --------------------------------------------------------------------------------------------------------
-
-
-def _sheets(*states: Tensor) -> tuple[Tensor, ...]:
-    """States [N, H, K, V] of the same strides, their matrices without gaps; what all sequences or heads share stays shared."""
-    whole = {x.stride() for x in states}
-    V = states[0].shape[3]
-    return states if len(whole) == 1 and whole.pop()[2:] == (V, 1) else tuple(x.contiguous() for x in states)
 
 
 class _Launch:
@@ -150,10 +144,9 @@ class _Launch:
 
     def scan(self, X: tuple, total: Tensor, starts: tuple, lasts: tuple, h0: int, heads: int, back: bool) -> None:
         step, block = SCAN
-        starts = _sheets(*starts)
         grid = (triton.cdiv(self.K * self.V, block) * self.N, heads)
         forward.scan[grid](
-            *X, total, self.offsets, *starts, *lasts, *starts[0].stride()[:2], h0, self.H, self.K, self.V,
+            *X, total, self.offsets, *strided(*starts), *lasts, h0, self.H, self.K, self.V,
             C=self.chunk, STEP=step, BLOCK=block, BACK=back, **self.gate, num_warps=1,
         )  # fmt: skip
 
@@ -170,9 +163,8 @@ class _Launch:
         blocks = {"C": self.chunk, "BT": BT, "BK": BK, "BV": BV, "num_warps": 4}
         blocks |= {**self.products, **self.given, **self.gate}
         if self.N * heads * tiles >= WALK * self.chunk:
-            starts = _sheets(self.M0, self.I0)
             forward.walk[(self.N * tiles, heads)](
-                *writes, *starts, M_T, I_T, *starts[0].stride()[:2], h0, self.H, self.K, self.V, **blocks
+                *writes, *strided(self.M0, self.I0), M_T, I_T, h0, self.H, self.K, self.V, **blocks
             )  # fmt: skip
         else:
             forward.deposits[(self.slots * tiles, heads)](*writes, self.N, h0, self.H, self.K, self.V, **blocks)

@@ -297,7 +297,7 @@ def deposits(
 
 @triton.jit(do_not_specialize=["h0"])
 def walk(
-    k, spread, v, b, g, offsets, M, I, total, start_M, start_I, last_M, last_I, row, sheet, h0,
+    k, spread, v, b, g, offsets, M, I, total, start_M, start_I, row, sheet, last_M, last_I, h0,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     WIDE: tl.constexpr, GIVEN: tl.constexpr, ACC: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -345,7 +345,7 @@ def _chunks(X, Y, total, slot, rows, n, heads, head, e, K, V, WIDE: tl.constexpr
 
 @triton.jit(do_not_specialize=["h0"])
 def scan(
-    X, Y, total, offsets, start_x, start_y, last_x, last_y, row, sheet, h0, H, K, V,
+    X, Y, total, offsets, start_x, start_y, row, sheet, last_x, last_y, h0, H, K, V,
     C: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, BACK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """In place, X[chunk] := the state before it came, state := exp(total) state + X, over a sequence's chunks, and so for Y;

@@ -24,16 +24,6 @@ from unify.kernels.chunk import dot, far, load, locate, near, store
 
 
 @triton.jit
-def _corner(at, blocks, base, n, H, M: tl.constexpr):
-    """Addresses and mask of M x M squares: in each block of 2 M tokens the one below the diagonal; blocks [B, 1, 1]."""
-    row, column = (
-        blocks * (2 * M) + M + tl.arange(0, M)[None, :, None],
-        blocks * (2 * M) + tl.arange(0, M)[None, None, :],
-    )
-    return at + base + row * (H * 4 * 16) + column, row < n
-
-
-@triton.jit
 def _invert(A, inverse, offsets, N, H, C: tl.constexpr, ACC: tl.constexpr):
     """(1 + A)^-1 of strictly lower triangular scores, [tokens, H, C], C = 64.
 
@@ -56,8 +46,8 @@ def _invert(A, inverse, offsets, N, H, C: tl.constexpr, ACC: tl.constexpr):
         X -= dot(X, dot(B, X, ACC, ACC), ACC, ACC)
 
     two = tl.arange(0, 2)[:, None, None]
-    below, seen = _corner(A, two, base, n, H, 16)
-    B = tl.load(below, mask=seen, other=0.0).to(ACC)
+    row, column = two * 32 + 16 + i, two * 32 + j
+    B = tl.load(A + base + row * (H * C) + column, mask=row < n, other=0.0).to(ACC)
     halves, which = tl.reshape(X, [2, 2, 16, 16]), tl.arange(0, 2)[None, :, None, None]
     P, Q = tl.sum(tl.where(which == 0, halves, 0.0), 1), tl.sum(tl.where(which == 1, halves, 0.0), 1)
     corner = -dot(Q, dot(B, P, ACC, ACC), ACC, ACC)
@@ -116,6 +106,11 @@ def _inverse(at: chunk.Layout, A: Tensor) -> Tensor:
     return out
 
 
+def _scored(kept: Tensor, at: chunk.Layout, read: Tensor, written: Tensor, G: Tensor, before: bool) -> Tensor:
+    """Scores that were kept of `chunk.Pairs`, or with one decay a head made where they are needed."""
+    return kept if kept.numel() else chunk.scores(at, read, written, G, before)
+
+
 def _mixed(
     at: chunk.Layout, G: Tensor, x: Tensor, A: Tensor, second: Tensor | None = None, c: float = 1.0, decay: tl.constexpr = NONE,
     back: bool = False,
@@ -142,7 +137,7 @@ def _forward(
     at = chunk.layout(q, v, g, offsets)
     G, o = chunk.cumulate(at, g), torch.empty_like(v, dtype=q.dtype)
     qw, rw, q_near, r_near, w_far = chunk.pairs(at, q, r, w, G, before)
-    T = _inverse(at, rw if rw.numel() else chunk.scores(at, r, w, G, True))
+    T = _inverse(at, _scored(rw, at, r, w, G, True))
     x = _mixed(at, G, chunk.either(r_near, r), T, decay=NEAR)
     written, met = chunk.either(w_far, w), chunk.either(qw, w)
     if shared:
@@ -150,7 +145,7 @@ def _forward(
         pairs, (qk, rk, k_far) = ((met, u), None), (at.empty(q, 0) for _ in range(3))
     else:
         qk, rk, _, _, k_far = chunk.pairs(at, q, r, k, G, before, near=False)
-        z = _mixed(at, G, v, T, rk if rk.numel() else chunk.scores(at, r, k, G, True), -1.0)
+        z = _mixed(at, G, v, T, _scored(rk, at, r, k, G, True), -1.0)
         S, last, u = chunk.walk(at, G, s0, (x, z, written), (chunk.either(k_far, k), v))
         pairs = (met, u), (chunk.either(qk, k), v)
     chunk.read(at, G, chunk.either(q_near, q), S, *pairs, o, (scale, scale, scale), (before, before))
@@ -178,7 +173,7 @@ def _backward(
     G, S, T, u, qw, qk, rk, q_near, r_near, w_far, k_far = kept
     at = chunk.layout(q, v, g, offsets)
     x = _mixed(at, G, chunk.either(w_far, w), T, decay=FAR, back=True)
-    z = _mixed(at, G, do, T, qw if qw.numel() else chunk.scores(at, q, w, G, before), scale, back=True)
+    z = _mixed(at, G, do, T, _scored(qw, at, q, w, G, before), scale, back=True)
     rank, added = (x, z, chunk.either(r_near, r)), (chunk.either(q_near, q), do)
     D, d_start, du = chunk.walk(at, G, d_last, rank, added, scale, reverse=True, before=before)
     reads, writes = [(q, do), (r, du)], [(w, u)]

@@ -272,7 +272,6 @@ def follow(command: Sequence[str], limit: float, environment: Mapping[str, str])
 
     After `limit` seconds the process and its children are killed; so they are if this process is told to terminate.
     """
-    former = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -282,6 +281,7 @@ def follow(command: Sequence[str], limit: float, environment: Mapping[str, str])
         env={**os.environ, **environment},
         process_group=0,
     )
+    former = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     late: list[str] = []
 
     def stop(how: str) -> None:

@@ -188,9 +188,8 @@ def _split(op: Op, seed: int, length: int = 20, first: int = 7, prefill: int = 1
     for key, found in packed.items():
         want = torch.cat([part[key] for part in alone], 1 if key in ("o", "variance") else 0)
         errors.append(assert_close(found, want, 1e-9, f"{key} packed"))
-    return max(
-        errors
-    ), f"{first} + {prefill - first} tokens, then one by one; packed as 1 + {prefill - 1} + {length - prefill}"
+    parts = f"{first} + {prefill - first} tokens, then one by one; packed as 1 + {prefill - 1} + {length - prefill}"
+    return max(errors), parts
 
 
 def _gradients(loop: Op, fast: Op, seed: int) -> tuple[float, str]:
