@@ -175,17 +175,17 @@ def meet(both, read, written, d_read, d_write, decay, second, faces, c, DT: tl.c
 
 
 @triton.jit
-def diagonal(dA, read, written, d_read, d_write, c, C: tl.constexpr):
-    """Gradients of a token's read of its own write."""
+def diagonal(A, C: tl.constexpr):
+    """Each token's read of its own write, [C, 1]."""
     i = tl.arange(0, C)
-    same = c * tl.sum(tl.where(i[:, None] == i[None, :], dA, 0.0), 1)[:, None]
-    return d_read + same * written, d_write + same * read
+    return tl.sum(tl.where(i[:, None] == i[None, :], A, 0.0), 1)[:, None]
 
 
 @triton.jit
-def pair(dA, read, written, d_read, d_write, c, DT: tl.constexpr, ACC: tl.constexpr):
-    """Gradients of reads and writes from that of their decayed scores, c dA."""
-    return d_read + c * dot(dA, written, DT, ACC), d_write + c * dot(tl.trans(dA), read, DT, ACC)
+def pair(dA, read, written, d_read, d_write, inside, c, DT: tl.constexpr, ACC: tl.constexpr):
+    """Gradients of reads and writes from that of their decayed scores, c dA; inside: sum of write . d write, [C]."""
+    to_write = c * dot(tl.trans(dA), read, DT, ACC)
+    return d_read + c * dot(dA, written, DT, ACC), d_write + to_write, inside + tl.sum(written * to_write, 1)
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------
@@ -488,8 +488,10 @@ def _grads(
 
     Reads: q with cotangent c do, and r (before its token's update) with cotangent -du. Writes: k with v, and w with u.
     qk ... rw [tokens, H, C] hold the products do v^T ... du u^T. S is the state at the chunk's start and D the adjoint
-    at its end. A gate decays what is read later of what was written earlier, so with N = sum of read . d read less
-    write . d write, dg_t is the sum of N from t on: what the chunk holds, and at its end sum_v S D. SPLIT: see `split_dot`.
+    at its end. A gate decays what is read later of what was written earlier: dg_t is sum_v S D decayed over the chunk, the reads of
+    S from t on, the writes before t that D sees, and, inside the chunk, the sum from t on of read . d read - write . d write. What a
+    token reads of its own write is in both of these and cancels, but behind strong gates it is most of them: APART leaves it out,
+    where operands are as precise as sums. SPLIT: see `split_dot`.
     """
     blocks = tl.cdiv(K, BK)
     slot, k0, h = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BK, tl.program_id(1)
@@ -524,14 +526,15 @@ def _grads(
     to_end = weight(total[None, :] - after, ACC)
     d_q *= c * weight(seen, ACC)
     d_k *= to_end
-    tail = weight(total, ACC) * tail + tl.sum(k_ * d_k, 0)
+    passed = k_ * d_k
     if READS == 2:
         r_ = load(r, start, end, h, H, K, k0, C, BK).to(ACC)
         d_r *= -weight(before, ACC)
     if WRITES == 2:
         w_ = load(w, start, end, h, H, K, k0, C, BK).to(ACC)
         d_w *= to_end
-        tail += tl.sum(w_ * d_w, 0)
+        passed += w_ * d_w
+    passed = tl.sum(passed, 1 if GATE == HEAD else 0)
 
     d_qk = load(qk, start, end, h, H, C, 0, C, C).to(ACC)
     if READS == 2:
@@ -539,21 +542,29 @@ def _grads(
     if WRITES == 2:
         d_qw = load(qw, start, end, h, H, C, 0, C, C).to(ACC)
         d_rw = load(rw, start, end, h, H, C, 0, C, C).to(ACC)
-    if GATE == HEAD:
-        decay = weight(seen - tl.trans(after), ACC)
-        d_q, d_k = pair(d_qk * decay, q_, k_, d_q, d_k, c, DT, ACC)
+    APART: tl.constexpr = not BEFORE and DT == ACC
+    if not BEFORE and (APART or GATE != HEAD):
+        own_k = c * diagonal(d_qk, C)
         if WRITES == 2:
-            d_q, d_w = pair(d_qw * decay, q_, w_, d_q, d_w, c, DT, ACC)
+            own_w = c * diagonal(d_qw, C)
+        if not APART:
+            d_q, d_k = d_q + own_k * k_, d_k + own_k * q_
+            if WRITES == 2:
+                d_q, d_w = d_q + own_w * w_, d_w + own_w * q_
+    if GATE == HEAD:
+        inside = tl.zeros([C], ACC)
+        decay = weight(seen - tl.trans(after), ACC)
+        if APART:
+            decay = tl.where(causal(C, True), decay, 0.0)
+        d_q, d_k, inside = pair(d_qk * decay, q_, k_, d_q, d_k, inside, c, DT, ACC)
+        if WRITES == 2:
+            d_q, d_w, inside = pair(d_qw * decay, q_, w_, d_q, d_w, inside, c, DT, ACC)
         if READS == 2:
             decay = weight(before - tl.trans(after), ACC)
-            d_r, d_k = pair(d_rk * decay, r_, k_, d_r, d_k, -1.0, DT, ACC)
+            d_r, d_k, inside = pair(d_rk * decay, r_, k_, d_r, d_k, inside, -1.0, DT, ACC)
             if WRITES == 2:
-                d_r, d_w = pair(d_rw * decay, r_, w_, d_r, d_w, -1.0, DT, ACC)
+                d_r, d_w, inside = pair(d_rw * decay, r_, w_, d_r, d_w, inside, -1.0, DT, ACC)
     else:
-        if not BEFORE:
-            d_q, d_k = diagonal(d_qk, q_, k_, d_q, d_k, c, C)
-            if WRITES == 2:
-                d_q, d_w = diagonal(d_qw, q_, w_, d_q, d_w, c, C)
         d_qk += tl.trans(d_qk)
         if READS == 2:
             d_rk += tl.trans(d_rk)
@@ -574,28 +585,40 @@ def _grads(
                 if WRITES == 2:
                     d_r, d_w = meet(d_rw, r_, w_, d_r, d_w, decay, second, faces, -1.0, DT, ACC)
 
-    inclusive, exclusive = -k_ * d_k, tl.zeros([C, BK], ACC)
+    now, late = (
+        tl.zeros([C, BK], ACC),
+        tl.zeros([C, BK], ACC),
+    )  # what a token's own gate decays and what only gates before it do
     if BEFORE:
-        exclusive += q_ * d_q
+        late += q_ * d_q
     else:
-        inclusive += q_ * d_q
+        now += q_ * d_q
+    if READS == 2:
+        late += r_ * d_r
+    tail *= weight(total, ACC)
+    if GATE == HEAD:
+        now = tl.sum(now, 1) - inside
+        every = now + tl.sum(late, 1)
+        d_g = tl.sum(tail, 0) + tl.sum(every, 0) - tl.cumsum(every - passed, 0) + now - passed
+        share = dg + (k0 // BK).to(tl.int64) * tokens * H  # of this block of channels; they are added up later
+        store(share, d_g[:, None], start, end, h, H, 1, 0, C, 1)
+    else:
+        now -= k_ * d_k
+        if WRITES == 2:
+            now -= w_ * d_w
+        every = now + late
+        d_g = (tail + passed + tl.sum(every, 0))[None, :] - tl.cumsum(every, 0) + now
+        store(dg, d_g, start, end, h, H, X, x0, C, BX)
+    if APART:
+        d_q, d_k = d_q + own_k * k_, d_k + own_k * q_
+        if WRITES == 2:
+            d_q, d_w = d_q + own_w * w_, d_w + own_w * q_
     store(dq, d_q, start, end, h, H, K, k0, C, BK)
     store(dk, d_k, start, end, h, H, K, k0, C, BK)
     if READS == 2:
-        exclusive += r_ * d_r
         store(dr, d_r, start, end, h, H, K, k0, C, BK)
     if WRITES == 2:
-        inclusive -= w_ * d_w
         store(dw, d_w, start, end, h, H, K, k0, C, BK)
-    every = inclusive + exclusive
-    if GATE == HEAD:
-        own, every = tl.sum(inclusive, 1), tl.sum(every, 1)
-        d_g = (tl.sum(tail, 0) + tl.sum(every, 0) - tl.cumsum(every, 0) + own)[:, None]
-        share = dg + (k0 // BK).to(tl.int64) * tokens * H  # of this block of channels; they are added up later
-        store(share, d_g, start, end, h, H, 1, 0, C, 1)
-    else:
-        d_g = (tail + tl.sum(every, 0))[None, :] - tl.cumsum(every, 0) + inclusive
-        store(dg, d_g, start, end, h, H, X, x0, C, BX)
 
 
 # ---- launches --------------------------------------------------------------------------------------------------------

@@ -210,7 +210,8 @@ class _Backward:
         self.d_bonus = at.new(at.slots, at.H, at.K) if at.read["BONUS"] else at.new(0)
         self.d_full = at.new(at.H, at.K, at.V) if at.prior.ndim == 3 else at.new(0)
         self.marks = at.chunk // MARK + 1
-        self.sums = 6 if at.read["BONUS"] else 5 if at.read["VARIANCE"] else 4
+        self.exact = at.q.element_size() > 2  # half precision needs no gradient of a gate as fine as float32's sums
+        self.sums = (6 if at.read["BONUS"] else 5 if at.read["VARIANCE"] else 4) + self.exact
 
     def bytes_per_head(self) -> int:
         at = self.at
@@ -248,7 +249,8 @@ class _Backward:
         backward.gradient[(at.slots * NK * NV, heads)](
             at.rows, at.k, at.v, at.b, at.f, at.c, at.flags, at.prior, at.bonus, self.d_o, self.d_var, DM, DI, at.offsets,
             marks, by_key, by_value, ends, at.N, at.tokens, at.slots, h0, H=at.H, K=at.K, V=at.V,
-            C=at.chunk, MARK=MARK, LIMIT=LIMIT.get(at.q.dtype, LIMIT_HALF), SUMS=self.sums, **options,
+            C=at.chunk, MARK=MARK, LIMIT=LIMIT.get(at.q.dtype, LIMIT_HALF), SUMS=self.sums,
+            EXACT=self.exact, **options,
         )  # fmt: skip
         at.add(by_value, (self.dv, self.db), h0)
         return by_key, ends
@@ -258,7 +260,7 @@ class _Backward:
         backward.finish[(at.slots, heads)](
             at.q, at.k, at.spread, at.f, at.prior, at.bonus, at.offsets, by_key, ends, self.dq, self.dk, self.d_spread, self.dg,
             self.d_prior, self.d_bonus, at.scale, at.N, at.tokens, at.slots, h0, at.H, at.K, len(ends),
-            C=at.chunk, SUMS=self.sums, BK=32, **at.gate, **at.given, **at.read, num_warps=8,
+            C=at.chunk, SUMS=self.sums, EXACT=self.exact, BK=32, **at.gate, **at.given, **at.read, num_warps=8,
         )  # fmt: skip
 
     def prior(self) -> Tensor:

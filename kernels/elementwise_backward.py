@@ -130,7 +130,7 @@ def _careful(I, S, c, f, flags, p, t0, last, j, i, H, K, V, LIMIT: tl.constexpr,
 def gradient(
     rows, k, v, b, f, c, flags, prior, bonus, d_o, d_var, DMs, DIs, offsets, marks, by_key, by_value, ends, N, tokens, slots, h0,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, MARK: tl.constexpr,
-    LIMIT: tl.constexpr, SUMS: tl.constexpr,
+    LIMIT: tl.constexpr, SUMS: tl.constexpr, EXACT: tl.constexpr,
     KH: tl.constexpr, VR: tl.constexpr, KL: tl.constexpr, VL: tl.constexpr, NK: tl.constexpr, NV: tl.constexpr,
     KFULL: tl.constexpr, VFULL: tl.constexpr, WIDE: tl.constexpr, PRIOR: tl.constexpr, BEFORE: tl.constexpr,
     BONUS: tl.constexpr, VARIANCE: tl.constexpr, FAST: tl.constexpr, ACC: tl.constexpr,
@@ -138,7 +138,7 @@ def gradient(
     """Backward in time through a chunk, from the adjoints at its end: sums over values for dq, the prior, dk and ds, then the
     variance and the bonus, by_key [value block, tokens, heads, SUMS, K]; sums over keys for dv and db, by_value [key block,
     tokens, heads, 2, V]; and <adjoint, state> at the chunk's end, ends [value block, slots, heads, K]. A and S are the states
-    times f, DM and DI their adjoints divided by it."""
+    times f, DM and DI their adjoints divided by it. EXACT: the last of the sums is dg, <adjoint, decayed state> at every token."""
     slot, tile = tl.program_id(0) // (NK * NV), tl.program_id(0) % (NK * NV)
     head, heads = tl.program_id(1), tl.num_programs(1)
     start, end = locate(slot, offsets, N, C)
@@ -200,6 +200,8 @@ def gradient(
                 if flag != 0:
                     kept = load_gate(c, t, H, K, j, WIDE)
                     DM, DI = DM * kept, DI * kept
+                if EXACT:
+                    put(to_k + (SUMS - 1) * K, j, over_values(DM * A + DI * S), K)
             else:
                 if careful:
                     A, S = _replay(mark, rows, v, b, c, flags, t0, t + 1, j, i, H, K, V, KFULL, VFULL, WIDE, ACC)
@@ -224,9 +226,14 @@ def gradient(
                 put(to_k + 3 * K, j, over_values(DI * bt), K)
                 by_M, by_I = over_keys(DM * kt), over_keys(DI * st)
                 A, S = A - kt * vt, S - st * bt
+                if EXACT:  # noqa: SIM102 - at compile time; a write may dwarf what it is added to, and does not leave it when taken off
+                    if careful | (t == t0):
+                        A, S = _replay(mark, rows, v, b, c, flags, t0, t, j, i, H, K, V, KFULL, VFULL, WIDE, ACC)
                 if flag != 0:
                     kept = load_gate(c, t, H, K, j, WIDE)
                     DM, DI = DM * kept, DI * kept
+                if EXACT:
+                    put(to_k + (SUMS - 1) * K, j, over_values(DM * A + DI * S), K)
             put(to_v, i, by_M, V)
             put(to_v + V, i, by_I, V)
         A, S = load_state(mark, j, i, K, V), load_state(mark + K * V, j, i, K, V)
@@ -257,11 +264,12 @@ def _grown(f, start, t, n, h, H, K, j, LATE: tl.constexpr, WIDE: tl.constexpr):
 def finish(
     q, k, spread, f, prior, bonus, offsets, by_key, ends,
     dq, dk, d_spread, dg, d_prior, d_bonus, scale, N, tokens, slots, h0, H, K, blocks: tl.constexpr,
-    C: tl.constexpr, SUMS: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr, PRIOR: tl.constexpr, GIVEN: tl.constexpr,
-    BEFORE: tl.constexpr, BONUS: tl.constexpr, VARIANCE: tl.constexpr, ACC: tl.constexpr,
+    C: tl.constexpr, SUMS: tl.constexpr, EXACT: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr, PRIOR: tl.constexpr,
+    GIVEN: tl.constexpr, BEFORE: tl.constexpr, BONUS: tl.constexpr, VARIANCE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Add the value blocks up, with the factors f they lack: dq, dk, d_spread, and dg = <adjoint, state> at the chunk's end
-    + reads - writes from t on."""
+    + reads - writes from t on. A token's read of its own write cancels there, and behind strong gates little else is left: in
+    EXACT dg is summed by itself."""
     slot, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     start, end = locate(slot, offsets, N, C)
     h, n, t = h0 + head, (end - start).to(tl.int32), tl.arange(0, C)
@@ -303,18 +311,21 @@ def finish(
             gk += 2.0 * y * gs
         tl.store(dq + full, gq.to(dq.dtype.element_ty), mask=mask)
         tl.store(dk + full, gk.to(dk.dtype.element_ty), mask=mask)
-        at_end = _sum_rows(
-            ends, blocks, slots, heads, K, (slot.to(tl.int64) * heads + head) * K + j, (j < K) & (n > 0), ACC
-        )
-        if WIDE:
+        if EXACT:
+            out = _sum_rows(by_key + (SUMS - 1) * K, blocks, tokens, heads, SUMS * K, rows, mask, ACC)
+            change += tl.sum(out, 1)
+        else:
+            at_end = (slot.to(tl.int64) * heads + head) * K + j
+            at_end = _sum_rows(ends, blocks, slots, heads, K, at_end, (j < K) & (n > 0), ACC)
             out = tl.cumsum(read - written, 0, reverse=True) + at_end[None, :]
             out = out - read if BEFORE else out
-            tl.store(dg + full, out.to(dg.dtype.element_ty), mask=mask)
-        else:
             change += tl.sum(read - written, 1)
             reads += tl.sum(read, 1)
             at_ends += at_end
+        if WIDE:
+            tl.store(dg + full, out.to(dg.dtype.element_ty), mask=mask)
     if not WIDE:
-        out = tl.cumsum(change, 0, reverse=True) + tl.sum(at_ends, 0)
-        out = out - reads if BEFORE else out
-        tl.store(dg + (start + t) * H + h, out.to(dg.dtype.element_ty), mask=t < n)
+        if not EXACT:
+            change = tl.cumsum(change, 0, reverse=True) + tl.sum(at_ends, 0)
+            change = change - reads if BEFORE else change
+        tl.store(dg + (start + t) * H + h, change.to(dg.dtype.element_ty), mask=t < n)

@@ -17,6 +17,15 @@ def square(x):
 
 
 @triton.jit
+def expm1(x):
+    """exp(x) - 1 for x <= 0, to the last digits: near 0 by the first terms of its series."""
+    near, sum = tl.maximum(x, -0.5), x * 0.0 + 1.0
+    for n in tl.static_range(14, 1, -1):
+        sum = 1.0 + sum * near * (1.0 / n)
+    return tl.where(x > -0.5, near * sum, tl.exp(x) - 1.0)
+
+
+@triton.jit
 def power(base, exponent):
     """base ** exponent for base >= 0, with 0 ** exponent = 0 (1 where the exponent is 0)."""
     safe = tl.where(base > 0, base, 1.0)

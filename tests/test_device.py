@@ -104,6 +104,8 @@ def test_nan_and_small_gradients():
     exact = {"o": torch.ones(4), "d g": torch.full((4,), 1e-9)}
     assert errors({"o": torch.tensor([1.0, torch.nan, 1, 1]), "d g": exact["d g"]}, exact)["o"] == torch.inf
     assert errors({"o": exact["o"], "d g": 2 * exact["d g"]}, exact)["d g"] == pytest.approx(1e-3)
+    nothing = {"o": exact["o"], "d g": torch.zeros(4)}  # a gradient that cancels: what is left is measured against o
+    assert errors({"o": exact["o"], "d g": torch.full((4,), 1e-7)}, nothing)["d g"] == pytest.approx(1e-7)
     with pytest.raises(AssertionError, match="o is off by inf"):
         compare({"o": exact["o"] * torch.nan, "d g": exact["d g"]}, exact, 1e-2, "a case")
 

@@ -74,13 +74,14 @@ def key_slopes(x, y, given, offsets, before):
     return out
 
 
-def rounded_solutions(given, want, offsets, before):
-    """Relative error of dk if x and y were right but for their rounding to q's type: what is left to a kernel that multiplies in it.
+def rounded_solutions(given, want, offsets, before, dtype=torch.bfloat16):
+    """Relative error of dk if x and y were right but for their rounding to `dtype`: what is left to a kernel that multiplies in
+    it. Ours does so in bfloat16 for either half precision, as an adjoint may be anything float16 has no room for.
 
     want: `graded` of the recurrence in float64.
     """
     x, y = (want[NAMES.index(name)].flatten(0, 1) for name in ("x", "dq"))
-    coarse = (z.to(given[0].dtype).double() for z in (x, y))
+    coarse = (z.to(dtype).double() for z in (x, y))
     change = key_slopes(*coarse, given, offsets, before) - key_slopes(x, y, given, offsets, before)
     return (change.norm() / want[NAMES.index("dk")].norm()).item()
 
@@ -136,11 +137,8 @@ def test_what_rounding_the_solutions_costs(before):
     dq, dk = torch.autograd.grad((x * torch.linspace(-1, 1, x.numel()).view_as(x)).sum(), leaves[:2])
     torch.testing.assert_close(key_slopes(x.detach()[0], dq[0], given, PACKED, before), dk[0])
     want = [x.detach(), None, dq, dk]
-    costs = [
-        rounded_solutions([given[0].to(d), *given[1:]], want, PACKED, before) for d in (torch.bfloat16, torch.float16)
-    ]
-    assert costs[0] > 4 * costs[1] > 0
-    assert rounded_solutions(given, want, PACKED, before) == 0
+    costs = [rounded_solutions(given, want, PACKED, before, d) for d in (torch.bfloat16, torch.float16, torch.float64)]
+    assert costs[0] > 4 * costs[1] > costs[2] == 0
 
 
 @pytest.mark.parametrize("K", [40, 1])

@@ -103,13 +103,16 @@ def checks(loop: Op, kernels: Op, device: str, seed: int) -> dict[str, Callable[
     return {
         "fp32": lambda: _exact(loop, kernels, at, seed, cases, torch.float32),
         "bf16": lambda: _exact(loop, kernels, at, seed, cases, torch.bfloat16),
-        "parts": lambda: _parts(kernels, at, seed, cases[0]),
-        "repeat": lambda: _repeat(kernels, at, seed, cases[0]),
+        "parts": lambda: _parts(loop, kernels, at, seed, cases[0]),
+        "repeat": lambda: _repeat(loop, kernels, at, seed, cases[0]),
     }
 
 
 def draw(op: Op, case: Case, device: torch.device, dtype: torch.dtype, seed: int):
-    """Arguments in `dtype` (gates and precisions at least in float32), states in float32, and the offsets."""
+    """Arguments in `dtype` (gates and precisions at least in float32), states in float32, and the offsets.
+
+    op: the loop: a state is one that it reaches, on the CPU, where random numbers are drawn.
+    """
     x = random_inputs(op, seed, B=1, T=sum(case.lengths), H=case.H, K=case.K, V=case.V, gates=case.gates)
     per = {y.name: y.per for y in op.recurrence.inputs}
     for name in x.keys() & {"g", "g_importance"}:
@@ -151,9 +154,12 @@ def _symmetric(name: str, x: Tensor) -> Tensor:
 
 
 def errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
-    """||found - exact|| / ||exact|| by name, `FLOOR` heeded; infinite where NaN is."""
+    """||found - exact|| / ||exact|| by name, `FLOOR` heeded; infinite where NaN is. What is exactly zero has no size of its own,
+    and of a sum that should cancel rounding is left: it counts as large as the largest."""
     sizes = {name: y.double().norm().item() for name, y in exact.items()}
-    least = FLOOR * max(sizes.values())
+    largest = max(sizes.values())
+    least = FLOOR * largest
+    sizes = {name: size or largest for name, size in sizes.items()}
     gaps = {
         name: (found[name].double() - y.double()).norm().nan_to_num(nan=torch.inf).item() for name, y in exact.items()
     }
@@ -178,10 +184,10 @@ def _exact(loop: Op, kernels: Op, device, seed: int, cases: tuple[Case, ...], dt
     return max(worst), f"{len(cases)} cases of packed sequences, {cases[0]}"
 
 
-def _parts(op: Op, device, seed: int, case: Case) -> tuple[float, str]:
+def _parts(loop: Op, op: Op, device, seed: int, case: Case) -> tuple[float, str]:
     from .verify import everything, tokens
 
-    x, state, offsets = draw(op, case, device, torch.float32, seed)
+    x, state, offsets = draw(loop, case, device, torch.float32, seed)
     packed = everything(op, x, cu_seqlens=offsets, initial_state=state)
     bounds, found = offsets.tolist(), []
     for n, (start, stop) in enumerate(pairwise(bounds)):
@@ -197,8 +203,8 @@ def _parts(op: Op, device, seed: int, case: Case) -> tuple[float, str]:
     return compare(joined, packed, ROUNDING[torch.float32], "in parts"), "prefill, three single tokens, the rest"
 
 
-def _repeat(op: Op, device, seed: int, case: Case) -> tuple[float, str]:
-    x, state, offsets = draw(op, case, device, torch.bfloat16, seed)
+def _repeat(loop: Op, op: Op, device, seed: int, case: Case) -> tuple[float, str]:
+    x, state, offsets = draw(loop, case, device, torch.bfloat16, seed)
     first, second = (run(op, x, state, offsets, seed) for _ in range(2))
     differ = [name for name, y in first.items() if not torch.equal(y, second[name])]
     if differ:

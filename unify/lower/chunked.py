@@ -103,18 +103,25 @@ def _few(x: Tensor, target: int, dim: int = 0) -> list[slice]:
 # ---- decayed sums ----------------------------------------------------------------------------------------------------
 
 
-def _scan(g: Tensor, x: Tensor, x0: Tensor) -> Tensor:
-    """y_0 = x0, y_t = exp(g_t) y_{t-1} + x_t: [B, T + 1, ...]. Inside all blocks at once, then across the blocks.
+def _filled(x: Tensor, T: int) -> Tensor:
+    """A copy with zeros behind it, T tokens in all; never by `cat`, in whose memory Inductor may put x (kernels/NOTES.md)."""
+    out = x.new_zeros(x.shape[0], T, *x.shape[2:])
+    out[:, : x.shape[1]] = x
+    return out
+
+
+def _scan(g: Tensor, x: Tensor, x0: Tensor | None) -> Tensor:
+    """y_t = exp(g_t) y_{t-1} + x_t from y_0 = x0 (None: 0): y_1 .. y_T, [B, T, ...]. Inside all blocks at once, then across them.
 
     About 2 sqrt(T) vector operations; a short sequence is one block.
     """
-    B, T = x.shape[:2]
-    c = T + 1 if T <= 32 else int(T**0.5) + 1
-    n = -(-(T + 1) // c)
-    fill = n * c - T - 1
-    y = join((x0[:, None], x, x.new_zeros(B, fill, *x.shape[2:])), 1).unflatten(1, (n, c))
-    g = join((g.new_zeros(B, 1, *g.shape[2:]), g, g.new_zeros(B, fill, *g.shape[2:])), 1).unflatten(1, (n, c))
+    T = x.shape[1]
+    c = T if T <= 32 else int(T**0.5) + 1
+    n = -(-T // c)
+    y, g = (_filled(z, n * c).unflatten(1, (n, c)) for z in (x, g))
     a = g.exp()
+    if x0 is not None:
+        y[:, 0, 0].addcmul_(a[:, 0, 0], x0)
     for i in range(1, c):
         y[:, :, i].addcmul_(a[:, :, i], y[:, :, i - 1])
     if n > 1:
@@ -122,7 +129,7 @@ def _scan(g: Tensor, x: Tensor, x0: Tensor) -> Tensor:
         for j in range(1, n):
             y[:, j, -1].addcmul_(a[:, j, -1], y[:, j - 1, -1])
         y[:, 1:, :-1].addcmul_(a[:, 1:, :-1], y[:, :-1, -1:])
-    return y.flatten(1, 2)[:, : T + 1]
+    return y.flatten(1, 2)[:, :T]
 
 
 class _DecayedSum(torch.autograd.Function):
@@ -131,16 +138,19 @@ class _DecayedSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, g: Tensor, x: Tensor, x0: Tensor) -> Tensor:
         y = _scan(g, x, x0)
-        ctx.save_for_backward(g, y)
+        ctx.save_for_backward(g, x0, y)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
-        g, y = ctx.saved_tensors
-        D = _scan(g.flip(1), dy[:, :-1].flip(1), dy[:, -1]).flip(1)  # D_0 ... D_T
-        dg = (D[:, 1:] * y[:, :-1] * g.exp()).sum_to_size(g.shape)
-        return dg, D[:, 1:], D[:, 0]
+        g, x0, y = ctx.saved_tensors
+        later, before = torch.zeros_like(g), torch.empty_like(y)
+        later[:, 1:] = g[:, 1:].flip(1)
+        before[:, 0], before[:, 1:] = x0, y[:, :-1]
+        D = _scan(later, dy.flip(1), None).flip(1)
+        kept = g.exp()
+        return (D * before * kept).sum_to_size(g.shape), D, (kept[:, 0] * D[:, 0]).sum_to_size(x0.shape)
 
 
 def decayed_sum(
@@ -153,13 +163,13 @@ def decayed_sum(
     Returns y [B, T, H, *D] and y_T [B, H, *D]. Cost: T H D multiply-adds, about 2 sqrt(T) steps deep.
     """
     y = _DecayedSum.apply(g.expand(*x.shape[:3], *g.shape[3:]), x, x0)
-    return y[:, 1:], y[:, -1]
+    return y, y[:, -1]
 
 
 def _boundaries(k_out: Tensor, v: Tensor, total: Tensor, s0: Tensor) -> tuple[Tensor, Tensor]:
     """States at the chunks' starts [N, R, K, V] and after the last; k_out [N, R, C, K] decayed to the chunk's end."""
     states = _DecayedSum.apply(total[None, ..., None], (k_out.mT @ v)[None], s0[None])[0]
-    return states[:-1], states[-1]
+    return join((s0[None], states[:-1]), 0), states[-1]
 
 
 def to_end(g: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from unify.structure import Structure
 from unify.symbols import K, array, arrays, contract, name_of
 
 from .parallel import Request, log_of
-from .printer import indices
+from .printer import indices, precise
 from .triton import (
     Printed,
     Slot,
@@ -49,7 +49,7 @@ class TokenPrinter(TritonPrinter):
 
     def assignment(self, step: Assign) -> str:
         """One assignment."""
-        text, shape = self.code(step.expr, step.dims), block_shape(tuple(map(str, step.dims)))
+        text, shape = self.code(precise(step.expr), step.dims), block_shape(tuple(map(str, step.dims)))
         if not arrays(step.expr):
             return f"{step.name} = tl.full({shape}, {text}, ACC)"
         spread = bool(step.dims) and not indices(step.expr)
@@ -396,7 +396,7 @@ import triton
 import triton.language as tl
 
 from unify.kernels.chunk import locate
-from unify.kernels.tile import power, sign, square'''
+from unify.kernels.tile import expm1, power, sign, square'''
 
 
 @lru_cache(maxsize=256)

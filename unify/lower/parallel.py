@@ -21,7 +21,7 @@ from unify.structure import Autonomous, Step, Structure, channels, separate
 from unify.symbols import array, arrays, at_index, collapse, i, j, l, name_of, put, symbol
 
 from . import chunked
-from .printer import assignment, code
+from .printer import assignment, code, precise
 from .torch import per_token
 
 
@@ -217,7 +217,7 @@ def _shares(recurrence: Recurrence) -> dict[tuple, str]:
 
 @cache
 def _code(expr: sp.Expr, dims: tuple):
-    return compile(code(expr, dims), "<coefficient>", "eval")
+    return compile(code(precise(expr), dims), "<coefficient>", "eval")
 
 
 @cache

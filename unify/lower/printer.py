@@ -7,10 +7,11 @@ The printer never looks at the leading dimensions, so the same text serves one t
 from __future__ import annotations
 
 import sympy as sp
+from sympy.codegen.cfunctions import expm1
 
 from unify.notation import factor_order, term_order
 from unify.recurrence import Assign
-from unify.symbols import SIZE, V, i, j, l, name_of
+from unify.symbols import SIZE, V, array, i, j, l, name_of
 
 ORDER = (j, l, i)
 NUMBERS = ("scale", "K", "V")
@@ -22,6 +23,12 @@ def indices(expr: sp.Expr) -> tuple[sp.Symbol, ...]:
     return tuple(sorted(free, key=lambda s: (SIZE[s] == V, ORDER.index(s) if s in ORDER else 9, str(s))))
 
 
+def precise(expr: sp.Expr) -> sp.Expr:
+    """1 - alpha, where that is the whole expression, as -expm1(g): what a weak gate forgets, with all of its digits."""
+    alpha = [x for x in sp.Add.make_args(1 - expr) if isinstance(x, sp.Indexed) and name_of(x) == "alpha"]
+    return -expm1(array("g", alpha[0].indices)) if alpha == [1 - expr] else expr
+
+
 def _rank(factor: sp.Expr) -> tuple:
     """A product's order: what has few channels first, so that little is computed often; then as it is read."""
     return len(indices(factor)), *factor_order(factor)
@@ -30,7 +37,9 @@ def _rank(factor: sp.Expr) -> tuple:
 class TorchPrinter:
     """The torch dialect: einsum contractions, None for a missing channel behind an ellipsis."""
 
-    functions = {sp.exp: "torch.exp", sp.log: "torch.log", sp.Abs: "torch.abs", sp.sign: "torch.sign"}  # noqa: RUF012
+    functions = {  # noqa: RUF012
+        sp.exp: "torch.exp", expm1: "torch.expm1", sp.log: "torch.log", sp.Abs: "torch.abs", sp.sign: "torch.sign",
+    }  # fmt: skip
 
     def code(self, expr: sp.Expr, dims: tuple) -> str:
         """Source of a tensor whose last dimensions are `dims` (singletons where the expression lacks one)."""
@@ -129,7 +138,7 @@ class TorchPrinter:
     def assignment(self, step: Assign) -> str:
         """Source of one assignment."""
         if step.solve is None:
-            text = self.code(step.expr, step.dims)
+            text = self.code(precise(step.expr), step.dims)
             if step.dims and step.expr.is_number:  # a tensor too, so that it can be given channels
                 text = f"q.new_full({(1,) * len(step.dims)}, {text})"
             return f"{step.name} = {text}"

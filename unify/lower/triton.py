@@ -27,7 +27,7 @@ from unify.errors import UnifyError
 from unify.recurrence import Assign, Recurrence
 from unify.symbols import i, j, l
 
-from .printer import TorchPrinter, indices
+from .printer import TorchPrinter, expm1, indices, precise
 
 PAD_ONE = ("prior_precision", "temperature", "Lambda", "gain")  # what divides is padded with 1, everything else with 0
 
@@ -35,7 +35,7 @@ PAD_ONE = ("prior_precision", "temperature", "Lambda", "gain")  # what divides i
 class TritonPrinter(TorchPrinter):
     """The Triton dialect: scalars broadcast, contractions are sums over an axis of a tile."""
 
-    functions = {sp.exp: "tl.exp", sp.log: "tl.log", sp.Abs: "tl.abs", sp.sign: "sign"}  # noqa: RUF012
+    functions = {sp.exp: "tl.exp", expm1: "expm1", sp.log: "tl.log", sp.Abs: "tl.abs", sp.sign: "sign"}  # noqa: RUF012
 
     def root(self, text: str) -> str:
         """Square root."""
@@ -86,7 +86,7 @@ class TritonPrinter(TorchPrinter):
     def assignment(self, step: Assign) -> str:
         """One assignment; a solve eliminates the square in place."""
         if step.solve is None:
-            text = f"{step.name} = {self.code(step.expr, step.dims)}"
+            text = f"{step.name} = {self.code(precise(step.expr), step.dims)}"
             lost = step.dims in ((j,), (i,)) and not indices(step.expr)  # a constant where a vector is expected
             return f"{text} + tl.zeros_like({'q' if step.dims == (j,) else 'v'})" if lost else text
         if i in step.dims:
@@ -219,7 +219,7 @@ _HEAD = '''"""Printed by unify from a recurrence; do not edit.
 import triton
 import triton.language as tl
 
-from unify.kernels.tile import power, sign, solve, square'''
+from unify.kernels.tile import expm1, power, sign, solve, square'''
 
 
 def comment(text: str) -> str:
