@@ -17,6 +17,10 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the output folder's last checkpoint, if any.")
     ] = False,
+    record: Annotated[
+        Path | None,
+        typer.Option(help="Add the throughput, without compilation, as a line of JSON to this file (unify evidence)."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train a language model on local text, by transformers' Trainer; torchrun -m unify train CONFIG on several GPUs."""
@@ -25,9 +29,14 @@ def train(
     from .training import train as run
 
     _quiet()
-    found = run(read(config), config.stem, resume, lambda text: typer.echo(text, err=True))
+    found = run(read(config), config.stem, resume, lambda text: typer.echo(text, err=True), timed=record is not None)
     if int(os.environ.get("RANK", 0)):
         return
+    if record:
+        from .mqar.sweep import add
+        from .scale import training
+
+        add(record, training(found, "train", config, "--record", record))
     if as_json:
         _dump(found)
         return
