@@ -24,18 +24,23 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a language model on local text, by transformers' Trainer; torchrun -m unify train CONFIG on several GPUs."""
+    import torch
+
     from .cli_models import _quiet
+    from .mqar.sweep import add
+    from .scale import training
     from .training import read
     from .training import train as run
 
     _quiet()
     found = run(read(config), config.stem, resume, lambda text: typer.echo(text, err=True), timed=record is not None)
+    if (
+        torch.distributed.is_initialized()
+    ):  # its threads would end some exits with an abort, and the launcher all of them
+        torch.distributed.destroy_process_group()
     if int(os.environ.get("RANK", 0)):
         return
     if record:
-        from .mqar.sweep import add
-        from .scale import training
-
         add(record, training(found, "train", config, "--record", record))
     if as_json:
         _dump(found)

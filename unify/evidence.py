@@ -130,6 +130,7 @@ def write(records: Path, folder: Path) -> Path:
     from .mqar.sweep import load
 
     parts = []
+    folder.mkdir(parents=True, exist_ok=True)
     for pattern, section, needs in SECTIONS:
         found = [record for file in sorted(records.glob(pattern)) for record in load(file, needs)]
         if found:

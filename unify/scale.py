@@ -75,8 +75,8 @@ def training(found: Mapping[str, Any], *arguments: Any) -> Record:
 def rows(records: Iterable[Record], kind: str) -> list[Record]:
     """One for each thing that was timed: the median over its runs and how many they were; beside it what one process did.
 
-    "one": the row of one process, the fastest where there are several; "how": "the same work a step" (strong scaling) or "the
-    same work a process" (weak); both None where one process did neither; "ratio": tokens a second over its. Errors and
+    "one": the row of one process, the fastest where there are several; "how": with "as many tokens a step" (strong scaling) or
+    "as many tokens a step and process" (weak); both None where one process did neither; "ratio": tokens a second over its. Errors and
     memory are the largest. Sorted by what is compared, then by processes.
     """
     groups: dict[tuple, list[Record]] = defaultdict(list)
@@ -110,7 +110,8 @@ def _work(r: Record) -> int:
 
 def _one(r: Record, alone: list[Record]) -> tuple[Record | None, str | None]:
     """What a row is compared with, and how."""
-    for how, work in (("the same work a step", _work(r)), ("the same work a process", _work(r) / r["processes"])):
+    what = "tokens" if r["kind"] == CONTEXT else "tokens a step"
+    for how, work in ((f"as many {what}", _work(r)), (f"as many {what} and process", _work(r) / r["processes"])):
         if same := [x for x in alone if _work(x) == work]:
             return max(same, key=lambda x: x["tokens_per_second"]), how
     return None, None
@@ -137,12 +138,13 @@ def section(records: Iterable[Record]) -> str:
 
 def _explained(train: list[Record], context: list[Record]) -> str:
     out = [
-        "*Ratio* is tokens a second over those of one process on the same device (the fastest, where there are several); *memory* what torch held at most in one process."
+        "*Ratio* is tokens a second over those of one process on the same device (the fastest, where there are several); *memory* "
+        "what torch held at most in one process."
     ]
     if train:
         warm, timed = (" or ".join(map(str, sorted({r[x] for r in train}))) for x in ("warm_up", "timed"))
         out.append(
-            f"Training is `unify train` on the same file: {timed} steps are timed, from when the device has done the {warm} before "
+            f"Training is `unify train`: {timed} steps are timed, from when the device has done the {warm} before "
             "them, in which kernels are compiled, to when it has done the last; reading rows, both passes, the exchange between "
             "processes, the optimizer and logging are in it."
         )
@@ -151,7 +153,7 @@ def _explained(train: list[Record], context: list[Record]) -> str:
         out.append(
             "A context-parallel op has a piece of the sequence in each process; forward and backward are timed from when all "
             f"processes are ready until all have done it, the median of {repeats} times after two that do not count. *Error* is "
-            "of the output's largest entry, on at most 4,096 tokens, against the op in one process and a wider format."
+            "of the output's largest entry, on at most 4,096 tokens, against the op in one process in float32 (float64 on a CPU)."
         )
     return "\n".join(out)
 
@@ -187,7 +189,8 @@ def _what(r: Record) -> str:
     """A row in words."""
     n = f"{r['processes']} process{'es' * (r['processes'] > 1)}"
     if r["kind"] == TRAINING:
-        return f"{_name(r)}, {r['parameters']:,} parameters, {r['tokens_a_step']:,} tokens a step, {n}, {r['sharding']}"
+        sharding = "" if r["sharding"] == "none" else f", {r['sharding']}"
+        return f"{_name(r)}, {r['parameters']:,} parameters, {r['tokens_a_step']:,} tokens a step, {n}{sharding}"
     return f"{_name(r)}, {_work(r):,} tokens, {n}"
 
 
@@ -198,7 +201,7 @@ def _said(found: list[Record]) -> list[str]:
         n, one = r["processes"], r["one"]
         if n == 1 or not one:
             continue
-        text = f"{_what(r)}: {r['ratio']:.2f} times the tokens a second of one at {r['how']}, {r['ratio'] / n:.0%} of {n} times"
+        text = f"{_what(r)}: {r['ratio']:.2f} times the tokens a second of one with {r['how']}, of {n} at best"
         if r["peak"] and one["peak"]:
             text += f"; in each {r['peak'] / one['peak']:.2f} times the memory"
         out.append(text + ".")
@@ -209,7 +212,7 @@ def _open(found: list[Record]) -> list[str]:
     """What the records do not say."""
     out = []
     if once := sum(r["runs"] == 1 for r in found):
-        out.append(f"Of {once} of the {len(found)} rows there is one run, and so no spread between runs.")
+        out.append(f"Rows of a single run, without a spread between runs: {once} of {len(found)}.")
     for r in found:
         halves = r.get("halves", ())
         if len(halves) == 2 and abs(halves[1] / halves[0] - 1) > STEADY:
