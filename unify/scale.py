@@ -88,9 +88,7 @@ def rows(records: Iterable[Record], kind: str) -> list[Record]:
         middle = {x: median(r[x] for r in runs) for x in ("tokens_per_second", "seconds") if x in runs[0]}
         most = {x: max(r[x] for r in runs) for x in ("error", "peak") if None not in [r.get(x) for r in runs]}
         if "range" in runs[0]:
-            most["range"] = [
-                f(x) for f, x in zip((min, max), zip(*(r["range"] for r in runs), strict=True), strict=True)
-            ]
+            most["range"] = [min(r["range"][0] for r in runs), max(r["range"][1] for r in runs)]
         found.append({**runs[-1], **middle, **most, "runs": len(runs)})
     for r in found:
         r["one"], r["how"] = _one(r, [x for x in found if x["processes"] == 1 and _same(x) == _same(r)])
