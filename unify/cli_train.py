@@ -34,9 +34,7 @@ def train(
 
     _quiet()
     found = run(read(config), config.stem, resume, lambda text: typer.echo(text, err=True), timed=record is not None)
-    if (
-        torch.distributed.is_initialized()
-    ):  # its threads would end some exits with an abort, and the launcher all of them
+    if torch.distributed.is_initialized():  # or its threads end some exits with an abort
         torch.distributed.destroy_process_group()
     if int(os.environ.get("RANK", 0)):
         return

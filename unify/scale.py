@@ -1,6 +1,6 @@
 """One process against several: the records of timings, and the section of the page that is written from them.
 
-    torchrun --nproc-per-node 2 -m unify train benchmarks/scale_ddp.json --record benchmarks/scale.jsonl
+    torchrun --nproc-per-node 2 -m unify train benchmarks/train_ddp.json --record benchmarks/scale.jsonl
     python -m unify.distributed --bench --world 2 --json benchmarks/scale.jsonl
     unify evidence benchmarks
 
@@ -76,8 +76,8 @@ def rows(records: Iterable[Record], kind: str) -> list[Record]:
     """One for each thing that was timed: the median over its runs and how many they were; beside it what one process did.
 
     "one": the row of one process, the fastest where there are several; "how": with "as many tokens a step" (strong scaling) or
-    "as many tokens a step and process" (weak); both None where one process did neither; "ratio": tokens a second over its. Errors and
-    memory are the largest. Sorted by what is compared, then by processes.
+    "as many tokens a step and process" (weak); both None where one process did neither; "ratio": tokens a second over its.
+    Errors and memory are the largest. Sorted by what is compared, then by processes.
     """
     groups: dict[tuple, list[Record]] = defaultdict(list)
     for r in records:
@@ -147,11 +147,13 @@ def _explained(train: list[Record], context: list[Record]) -> str:
             "processes, the optimizer and logging are in it."
         )
     if context:
+        from .distributed import CHECKED
+
         repeats = " or ".join(map(str, sorted({r["repeats"] for r in context})))
         out.append(
             "A context-parallel op has a piece of the sequence in each process; forward and backward are timed from when all "
             f"processes are ready until all have done it, the median of {repeats} times after two that do not count. *Error* is "
-            "of the output's largest entry, on at most 4,096 tokens, against the op in one process in float32 (float64 on a CPU)."
+            f"of the output's largest entry, on at most {CHECKED:,} tokens, against the float64 token loop over all of them."
         )
     return "\n".join(out)
 
