@@ -121,7 +121,10 @@ def run(rank, world, folder, cases, layers):
     for name in layers:
         cut = slice(*pieces(LAYER_CUTS, world)[rank])
         found[name] = layer_outcome(layer(name).context_parallel(), rows()[:, cut], cut, last)
+    timing = distributed.Bench(("palimpsa",), (2, 48, 2, 4, 6), "cpu", repeats=3)
+    found["timed"] = distributed.measure("palimpsa", timing)
     distributed.compose = forget_the_first
+    found["timed, planted"] = distributed.measure("palimpsa", timing)
     found["planted"] = piece(*PLANTED)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -165,7 +168,7 @@ def train(rank, world, folder, config):
 
     found = training.train(config)
     if rank == 0:
-        torch.save((found["history"], sharded(world)), f"{folder}/found.pt")
+        torch.save((found, sharded(world)), f"{folder}/found.pt")
     else:
         sharded(world)
     dist.destroy_process_group()

@@ -1,5 +1,6 @@
 """A sequence over 2 and 4 processes is the sequence in one: outputs, variances, states, every gradient; layers too."""
 
+import json
 import multiprocessing
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 import unify
 from unify.carry import carries
-from unify.distributed import compose, effect
+from unify.distributed import compose, effect, main
 from unify.errors import UnifyError
 from unify.models.layer import Layer
 from unify.models.zoo import ZOO, get
@@ -99,6 +100,27 @@ def test_a_piece_left_out_is_seen(spawned):
         compare_op([one["planted"] for one in found], ranks.PLANTED)
 
 
+def test_a_time_has_a_right_answer(spawned):
+    world, found = spawned
+    timed = found[0]["timed"]
+    assert (
+        timed.items()
+        >= {
+            "kind": "context parallel",
+            "model": "palimpsa",
+            "processes": world,
+            "repeats": 3,
+            "dtype": "float32",
+        }.items()
+    )
+    assert 0 < timed["error"] < 1e-5  # rounding in float32
+    assert 0 < timed["range"][0] <= timed["seconds"] <= timed["range"][1]
+    assert timed["tokens_per_second"] == pytest.approx(2 * 48 / timed["seconds"])
+    planted = [one["timed, planted"] for one in found]
+    assert all("seconds" not in x for x in planted)
+    assert all(x["error"] == planted[0]["error"] > 2e-2 for x in planted)  # the first rank's own piece is right
+
+
 @pytest.fixture
 def alone(tmp_path):
     """A process group of one."""
@@ -139,6 +161,35 @@ def test_what_cannot_be_split_is_refused(alone):
         layer(torch.zeros(1, 2, 12))
     with pytest.raises(UnifyError, match="packed or padded"):
         layer(torch.zeros(1, 5, 12), attention_mask=torch.ones(1, 5, dtype=torch.int64))
+
+
+SMALL = ["--bench", "--world", "1", "--device", "cpu", "--size", "1,40,2,4,4", "--repeats", "1"]
+
+
+def test_the_command_keeps_the_figures_of_every_model(tmp_path, capsys):
+    main([*SMALL, "--model", "palimpsa_key,mamba2", "--json", str(tmp_path / "scale.jsonl")])
+    key, mamba = map(json.loads, (tmp_path / "scale.jsonl").read_text().splitlines())
+    assert (key["model"], mamba["model"]) == ("palimpsa_key", "mamba2")
+    assert key["size"] == {"B": 1, "T": 40, "H": 2, "K": 4, "V": 4}
+    assert (
+        key["command"]
+        == f"python -m unify.distributed {' '.join(SMALL)} --model palimpsa_key,mamba2 --json scale.jsonl"
+    )
+    assert key["device"].startswith("a CPU")
+    assert key["versions"]["torch"] == torch.__version__
+    assert "mamba2, 1 process: " in capsys.readouterr().out
+
+
+def test_a_model_that_is_wrong_has_no_time_and_others_keep_theirs(tmp_path, monkeypatch):
+    def spoilt(op, q, *rest, call=unify.Op.__call__, **more):
+        wrong = op.triple == get("mamba2").triple and q.dtype == torch.float32  # what it is judged by is right
+        return call(op, q, *rest, **more) * (1.1 if wrong else 1.0)
+
+    monkeypatch.setattr(unify.Op, "__call__", spoilt)
+    with pytest.raises(SystemExit, match="not timed: mamba2, 1 process"):
+        main([*SMALL, "--model", "palimpsa_key,mamba2", "--json", str(tmp_path / "scale.jsonl")])
+    (line,) = (tmp_path / "scale.jsonl").read_text().splitlines()
+    assert json.loads(line)["model"] == "palimpsa_key"
 
 
 def test_one_process_without_a_group_is_refused():

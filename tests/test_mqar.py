@@ -570,7 +570,7 @@ def test_a_page_is_written_from_the_files_alone(tmp_path):
 def test_the_committed_page_is_what_the_committed_records_say(tmp_path):
     root = Path(__file__).parents[1]
     records, page = root / "benchmarks", root / "evidence" / "README.md"
-    assert page.exists() == any(list(records.glob(pattern)) for pattern, _ in SECTIONS)
+    assert page.exists() == any(list(records.glob(pattern)) for pattern, *_ in SECTIONS)
     if page.exists():
         assert write(records, tmp_path / "evidence").read_text() == page.read_text(), "run: unify evidence benchmarks"
 

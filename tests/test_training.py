@@ -6,6 +6,7 @@ import shutil
 import sysconfig
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import hosts
 import pytest
@@ -137,9 +138,69 @@ def together(tmp_path_factory):
 
 
 def test_several_processes_have_the_losses_of_one(trained, together):
-    alone, (many, _) = trained[1]["history"], together
+    alone, many = trained[1]["history"], together[0]["history"]
     assert [step for step, _ in many] == list(range(1, STEPS + 1))
     torch.testing.assert_close([loss for _, loss in many], [loss for _, loss in alone], rtol=1e-5, atol=0)
+
+
+def test_what_ran_is_said_beside_the_throughput(trained, together):
+    one, two = trained[1], together[0]
+    assert [x["processes"] for x in (one, two)] == [1, 2]
+    assert [x["sharding"] for x in (one, two)] == ["none", "DDP"]
+    assert [x["rows"] for x in (one, two)] == [4, 2]
+    for x in (one, two):
+        shared = {"model": "palimpsa_key", "tokens_a_step": 512, "length": 128, "precision": "float32", "peak": None}
+        assert x.items() >= (shared | {"warm_up": 3, "timed": 3, "checkpointing": False}).items()
+        assert min(x["halves"]) <= x["tokens_per_second"] <= max(x["halves"])
+    assert one["parameters"] == two["parameters"]
+
+
+def clocked(seconds, first=0):
+    """What a clock finds of steps that take so long each, 100 tokens a step, after `first` that were done before."""
+    clock, args, passed = training._Clock(), SimpleNamespace(device=torch.device("cpu")), [0.0]
+    clock.now = lambda: passed[0]
+    clock.on_train_begin(args, SimpleNamespace(global_step=first, max_steps=first + len(seconds)), None)
+    for n, x in enumerate(seconds, first + 1):
+        passed[0] += x
+        clock.on_step_end(args, SimpleNamespace(global_step=n), None)
+    return clock.found(100)
+
+
+def test_steps_that_compile_are_not_in_the_throughput():
+    found = clocked([60.0, *[9.0] * 9, *[1.0] * 10, *[4.0] * 10])  # 20 steps in 50 s after the first ten
+    assert found == {"warm_up": 10, "timed": 20, "tokens_per_second": 40.0, "halves": [100.0, 25.0]}
+    assert clocked([9.0, 9.0, 2.0, 2.0], first=7)["tokens_per_second"] == 50.0
+    assert clocked([8.0]) == {"warm_up": 0, "timed": 1, "tokens_per_second": 12.5, "halves": [12.5]}
+    late = clocked([*[1.0] * 10, 60.0, *[1.0] * 19])  # a kernel compiled too late is seen
+    assert late["halves"][0] < late["halves"][1] / 5
+
+
+def test_a_throughput_to_record_is_of_training_alone(tmp_path):
+    with pytest.raises(UnifyError, match='evaluations and checkpoints would be in it; leave "validation" out'):
+        train(configured(tmp_path), timed=True)
+
+
+def test_python_s_own_sources_go_by_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = training.source({"path": "stdlib", "pattern": "*.py"})
+    assert found == Source(sysconfig.get_paths()["stdlib"], "*.py")
+    assert "json/decoder.py" in [x.relative_to(found.path).as_posix() for x in training.source("stdlib").files()]
+    (tmp_path / "stdlib").mkdir()
+    assert training.source("stdlib") == Source("stdlib")  # a folder that is there comes first
+
+
+def test_what_is_timed_on_gpus_is_one_run():
+    plain, sharded = (
+        training.read(Path(__file__).parents[1] / "benchmarks" / f"train_{x}.json") for x in ("ddp", "fsdp")
+    )
+    training.check(sharded)
+    assert len(training.split(sharded)[0].files()) > 50
+    given = training.arguments(sharded, "out")
+    assert not given.fsdp  # in one process both are the same
+    assert given.max_steps - training.WARM_UP == 30
+    assert given.gradient_accumulation_steps == 4  # and 2 in each of two processes, whose forward is as large
+    assert sharded["trainer"].pop("fsdp") is True
+    assert sharded == plain
 
 
 def test_a_sharded_model_is_the_model(together):
@@ -288,9 +349,15 @@ def test_the_command_reads_json_and_yaml(tmp_path, monkeypatch):
     from test_cli import unify as command
 
     monkeypatch.chdir(tmp_path)
-    config = configured(tmp_path / "out", trainer={"max_steps": 1})
+    config = configured(tmp_path / "out", trainer={"max_steps": 1, "save_strategy": "no"})
     (tmp_path / "small.json").write_text(json.dumps(config))
-    assert json.loads(command("train", "small.json", "--json"))["steps"] == 1
+    found = json.loads(command("train", tmp_path / "small.json", "--record", "scale.jsonl", "--json"))
+    assert found["steps"] == 1
+    (record,) = map(json.loads, (tmp_path / "scale.jsonl").read_text().splitlines())
+    assert record["tokens_per_second"] == found["tokens_per_second"] > 0
+    assert record["kind"] == "training"
+    assert record["command"] == "python -m unify train small.json --record scale.jsonl"
+    assert str(tmp_path) not in json.dumps(record)
     del config["trainer"]["output_dir"]
     (tmp_path / "small.yaml").write_text(json.dumps(config))  # JSON is YAML
     assert "small: AutoModelForCausalLM.from_pretrained loads it." in command("train", "small.yaml")

@@ -162,7 +162,7 @@ def transform(
 
 @app.command()
 def evidence(
-    records: Annotated[Path, typer.Argument(help="Folder with mqar*, transform* and bytes*.jsonl.")],
+    records: Annotated[Path, typer.Argument(help="Folder with mqar*, transform*, bytes* and scale*.jsonl.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the page and its figures.")] = Path(
         "evidence"
     ),

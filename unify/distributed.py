@@ -8,13 +8,14 @@ X' = exp(G) X + W, with G the piece's summed log decay and W what it adds from z
 matrix products, one all-gather brings them together, each rank composes its own start, and the ordinary op runs from
 there. Backwards the same happens to the adjoints, in the other order. Nothing is ever divided by a decay.
 
-    python -m unify.distributed --bench --world 2 --model palimpsa        # seconds and tokens/s of 1 and of 2 processes
+    python -m unify.distributed --bench --world 2 --model palimpsa,mamba2 --json benchmarks/scale.jsonl   # 1 against 2 processes
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -265,88 +266,170 @@ class _Tails(torch.autograd.Function):
 # --- how much faster --------------------------------------------------------------------------------------------------
 
 
-def bench(
-    rank: int, world: int, meet: str, device: str, model: str, size: tuple[int, ...], repeats: int, out: Any
-) -> None:
-    """One process of the benchmark: seconds of a forward and backward over its piece, checked before they are timed.
+CHECKED = 1024  # tokens
 
-    size: (B, T, H, K, V) of the whole sequence. The first rank puts (median seconds, largest relative error of o) into out.
+
+@dataclass(frozen=True)
+class Bench:
+    """What is timed: models of the zoo at a size, (B, T, H, K, V) of the whole sequence; no time where o is off by more than
+    `tolerance` of its largest entry.
     """
-    import time
+
+    models: tuple[str, ...]
+    size: tuple[int, ...]
+    device: str
+    repeats: int = 5
+    tolerance: float = 2e-2
+
+
+def bench(rank: int, world: int, meet: str, given: Bench, out: Any) -> None:
+    """One process of a group; the first puts the figures of each model into out when it has them."""
+    cuda = torch.device("cuda", rank) if given.device == "cuda" else None
+    if cuda:
+        torch.cuda.set_device(cuda)
+    dist.init_process_group("nccl" if cuda else "gloo", f"file://{meet}", rank=rank, world_size=world, device_id=cuda)
+    try:
+        for model in given.models:
+            found = measure(model, given)
+            if rank == 0:
+                out.put(found)
+    finally:
+        dist.destroy_process_group()
+
+
+def measure(model: str, given: Bench) -> dict[str, Any]:
+    """A forward and backward over this rank's piece of a sequence: checked, then timed.
+
+    In bfloat16 on a GPU, float32 elsewhere; gates in float32. One process runs the op itself. error: of o on at most `CHECKED`
+    tokens, the largest over ranks, as a share of its largest entry, against the float64 token loop over all of them.
+    Returns {"kind", "model", "size", "dtype", "processes", "error"} and, unless that is too large, {"seconds": median,
+    "range": [least, largest], "repeats", "tokens_per_second", "peak": bytes that torch held at most in one process, or None}.
+    """
+    from statistics import median
 
     from .models.zoo import get
     from .testing import random_inputs, relative_error
     from .verify import tokens
 
-    cuda = torch.device("cuda", rank) if device == "cuda" else None
-    if cuda:
-        torch.cuda.set_device(cuda)
-    dist.init_process_group("nccl" if cuda else "gloo", f"file://{meet}", rank=rank, world_size=world, device_id=cuda)
-    op = compile(get(model).triple)
+    op, loop = (compile(get(model).triple, backend) for backend in ("auto", "reference"))
+    rank, world = dist.get_rank(), dist.get_world_size()
     far = context_parallel(op) if world > 1 else op
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    dtype = torch.bfloat16 if given.device == "cuda" else torch.float32
+    B, T, *sizes = given.size
 
-    def given(seed: int, T: int) -> dict[str, Tensor]:
-        B, _, H, K, V = size
-        x = random_inputs(op, seed, B, T, H, K, V, gates="weak", dtype=torch.float32)
-        return {name: y.to(device, dtype if name in "qkv" else torch.float32) for name, y in x.items()}
+    def draw(seed: int, T: int) -> dict[str, Tensor]:
+        x = random_inputs(op, seed, B, T, *sizes, gates="weak", dtype=torch.float32)
+        return {name: y.to(given.device, dtype if name in "qkv" else torch.float32) for name, y in x.items()}
 
     ends = lambda T: (T * rank // world, T * (rank + 1) // world)  # noqa: E731
-    short = min(size[1], 4096)
-    start, stop = ends(short)
-    whole = given(0, short)
-    here = relative_error(far(**tokens(op, whole, start, stop)).float(), op(**whole)[:, start:stop].float())
-    error = torch.tensor(here, device=device)
-    dist.all_reduce(error, dist.ReduceOp.MAX)
-    start, stop = ends(size[1])
-    piece = {name: y.requires_grad_() for name, y in given(rank, stop - start).items()}
-    seconds = []
-    for _ in range(repeats + 2):
+    start, stop = ends(min(T, CHECKED))
+    whole = draw(0, min(T, CHECKED))
+    with torch.no_grad():
+        wanted = loop(**{name: x.double() for name, x in whole.items()})[:, start:stop]
+        off = relative_error(far(**tokens(op, whole, start, stop)).double(), wanted)
+    off = torch.tensor(off, device=given.device).nan_to_num(nan=torch.inf)
+    dist.all_reduce(off, dist.ReduceOp.MAX)
+    found = {"kind": "context parallel", "model": model, "size": dict(zip("BTHKV", given.size, strict=True)),
+             "dtype": str(dtype).removeprefix("torch."), "processes": world, "error": off.item()}  # fmt: skip
+    if found["error"] > given.tolerance:
+        return found
+    del whole, wanted
+    start, stop = ends(T)
+    piece = {name: y.requires_grad_() for name, y in draw(rank, stop - start).items()}
+    seconds, most = _timed(lambda: far(**piece).float().square().sum().backward(), given)
+    middle = median(seconds)
+    return {**found, "seconds": middle, "range": [min(seconds), max(seconds)], "repeats": given.repeats,
+            "tokens_per_second": B * T / middle, "peak": most}  # fmt: skip
+
+
+def _timed(work: Callable[[], object], given: Bench) -> tuple[list[float], int | None]:
+    """Seconds from when all processes are ready until all have done it, after two times that do not count; and `peak`."""
+    import time
+
+    cuda, seconds = given.device == "cuda", []
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(given.repeats + 2):
         dist.barrier()
         start = time.perf_counter()
-        far(**piece).float().square().sum().backward()
-        if device == "cuda":
+        work()
+        if cuda:
             torch.cuda.synchronize()
         dist.barrier()
         seconds.append(time.perf_counter() - start)
-    if rank == 0:
-        out.put((sorted(seconds[2:])[repeats // 2], error.item()))
-    dist.destroy_process_group()
+    return seconds[2:], peak(given.device)
+
+
+def peak(device: str | torch.device) -> int | None:
+    """Bytes that torch held at most on a GPU since it was told to count, the largest over processes; None on a CPU."""
+    if torch.device(device).type != "cuda":
+        return None
+    most = torch.tensor(torch.cuda.max_memory_allocated(), device=device)
+    if dist.is_initialized():
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+    return int(most)
+
+
+def groups(given: Bench, worlds: Sequence[int], tell: Callable[[dict[str, Any]], object]) -> None:
+    """Start a group of each size (one process is this one) and tell what it found, also where it fails later on."""
+    import tempfile
+
+    for world in dict.fromkeys(worlds):
+        out = torch.multiprocessing.get_context("spawn").SimpleQueue()
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                told = (world, f"{folder}/meet", given, out)
+                bench(0, *told) if world == 1 else torch.multiprocessing.spawn(bench, told, world)
+            finally:
+                while not out.empty():
+                    tell(out.get())
+        if given.device == "cuda":
+            torch.cuda.empty_cache()  # for the first of the next group
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command line: one line for one process, one for several."""
+    """The command line: a line for every model and number of processes."""
     import argparse
-    import tempfile
+    import sys
 
     from .device import versions
     from .models.zoo import get
+    from .mqar.sweep import add
+    from .scale import stamp
 
     parser = argparse.ArgumentParser(prog="python -m unify.distributed", description=__doc__.split("\n")[0])
     parser.add_argument("--bench", action="store_true", required=True, help="time 1 against --world processes")
     parser.add_argument("--world", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--model", default="palimpsa")
+    parser.add_argument("--model", default="palimpsa", help="names of the zoo, commas between them")
     parser.add_argument("--size", default="1,65536,16,96,192", help="B,T,H,K,V of the whole sequence")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument(
-        "--tolerance", type=float, default=2e-2, help="largest relative error of o of a time that is told"
-    )
-    given = parser.parse_args(arguments)
-    context_parallel(compile(get(given.model).triple))  # refuses here what it would refuse in every process
-    size, one = tuple(map(int, given.size.split(","))), None
-    print(f"{given.model}, B, T, H, K, V = {size}, forward + backward, {versions(given.device)}")
-    for world in (1, given.world):
-        with tempfile.TemporaryDirectory() as folder:
-            out = torch.multiprocessing.get_context("spawn").SimpleQueue()
-            told = (world, f"{folder}/meet", given.device, given.model, size, given.repeats, out)
-            torch.multiprocessing.spawn(bench, told, world)
-        seconds, error = out.get()
-        if error > given.tolerance:
-            raise SystemExit(f"o is off by {error:.1e}: its time is worth nothing")
-        one = one or seconds
-        print(f"{world} process{'es' * (world > 1)}: {seconds:.4g} s, {size[0] * size[1] / seconds:.4g} tokens/s, "
-              f"{one / seconds:.2f} x, o off by {error:.1e}")  # fmt: skip
+    parser.add_argument("--tolerance", type=float, default=2e-2, help="of the largest entry of o: more has no time")
+    parser.add_argument("--json", type=Path, help="add the figures as lines of JSON to this file (unify evidence)")
+    arguments = sys.argv[1:] if arguments is None else arguments
+    told = parser.parse_args(arguments)
+    models, size = tuple(told.model.split(",")), tuple(map(int, told.size.split(",")))
+    for model in models:
+        context_parallel(compile(get(model).triple))  # refuses here what it would refuse in every process
+    print(f"B, T, H, K, V = {size}, forward + backward, {versions(told.device)}")
+    alone, wrong = {}, []
+
+    def tell(found: dict[str, Any]) -> None:
+        what = f"{found['model']}, {found['processes']} process{'es' * (found['processes'] > 1)}"
+        if "seconds" not in found:
+            wrong.append(what)
+            print(f"{what}: o off by {found['error']:.1e}, its time is worth nothing")
+            return
+        one = alone.setdefault(found["model"], found["seconds"])
+        print(f"{what}: {found['seconds']:.4g} s, {found['tokens_per_second']:.4g} tokens/s, "
+              f"{one / found['seconds']:.2f} x, o off by {found['error']:.1e}", flush=True)  # fmt: skip
+        if told.json:
+            add(told.json, found | stamp(told.device, "unify.distributed", *arguments))
+
+    groups(Bench(models, size, told.device, told.repeats, told.tolerance), (1, told.world), tell)
+    if wrong:
+        raise SystemExit(f"not timed: {'; '.join(wrong)}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ Records = list[dict[str, Any]]
 HEAD = """# What was measured
 
 Every figure, table and sentence below is written by `unify evidence {records} -o {folder}` from the lines of JSON in
-`{records}`, one for each training run; none of it is typed by hand. A ± is the standard deviation over seeds, a bar or an
+`{records}`, one for each run; none of it is typed by hand. A ± is the standard deviation over seeds, a bar or an
 error bar goes from the least to the largest seed. "Above in 2 of 3 seeds" counts seeds, which share data and order, one by one.
 Minutes are those in which one of the runs shown was under way, kernels compiled on the way included; the start of processes and
 runs that were ended before they had a result are not in them.
@@ -104,15 +104,24 @@ def language(records: Records, folder: Path) -> str:
     return section(records, folder).rstrip()
 
 
+def several(records: Records, folder: Path) -> str:
+    """One GPU against several."""
+    from .scale import section
+
+    return section(records)
+
+
 def _bullets(lines: Iterable[str]) -> str:
     return "\n".join(f"- {line}" for line in lines) or "Nothing to list."
 
 
-# the files of a section's records, and what writes it
-SECTIONS: tuple[tuple[str, Callable[[Records, Path], str]], ...] = (
-    ("mqar*.jsonl", recall),
-    ("transform*.jsonl", transformation),
-    ("bytes*.jsonl", language),
+RUN = ("key", "accuracy")
+# the files of a section's records, what writes it, and what each record holds at least
+SECTIONS: tuple[tuple[str, Callable[[Records, Path], str], tuple[str, ...]], ...] = (
+    ("mqar*.jsonl", recall, RUN),
+    ("transform*.jsonl", transformation, RUN),
+    ("bytes*.jsonl", language, RUN),
+    ("scale*.jsonl", several, ("kind", "processes", "tokens_per_second")),
 )
 
 
@@ -121,12 +130,13 @@ def write(records: Path, folder: Path) -> Path:
     from .mqar.sweep import load
 
     parts = []
-    for pattern, section in SECTIONS:
-        found = [record for file in sorted(records.glob(pattern)) for record in load(file)]
+    folder.mkdir(parents=True, exist_ok=True)
+    for pattern, section, needs in SECTIONS:
+        found = [record for file in sorted(records.glob(pattern)) for record in load(file, needs)]
         if found:
             parts.append(section(found, folder))
     if not parts:
-        names = ", ".join(pattern for pattern, _ in SECTIONS)
+        names = ", ".join(pattern for pattern, *_ in SECTIONS)
         raise UnifyError(str(records), "it holds no records of runs", f"a folder with one of {names}")
     page = folder / "README.md"
     head = HEAD.format(records=records.name, folder=folder.name)

@@ -6,7 +6,7 @@
 model: fields of `UnifyConfig` ("preset" among them changes one), the name of a preset, or a checkpoint folder, a
     metaplastic one included.
 data: a file or a folder of text, Arrow, Parquet or JSON lines; or {"path": ..., "pattern": "**/*.py", "lines": true for a
-    document a line, "column": "text", "shuffle": false, "seed": 0}.
+    document a line, "column": "text", "shuffle": false, "seed": 0}. The path "stdlib" is the sources of Python's own library.
 validation: a share of the data's files, such as 0.02, that is kept from training by a hash of their paths; or a source of
     its own, as data; or {"share" or "path" ..., "rows": 64}, so many rows of it. Read every `eval_steps` of the trainer (100).
 tokenizer: a folder; default: bytes. length: tokens of a row. batch: rows of a step over all processes, whatever their
@@ -24,13 +24,16 @@ import json
 import math
 import os
 import random
+import sysconfig
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import IterableDataset, get_worker_info
 
 from .bytes.corpus import place
@@ -57,6 +60,7 @@ except ImportError as error:
 KEYS = ("model", "data", "validation", "tokenizer", "length", "batch", "trainer")
 TABLES = {".arrow": "arrow", ".parquet": "parquet", ".json": "json", ".jsonl": "json"}
 ROWS = 64  # of a validation set, unless it says otherwise
+WARM_UP = 10  # steps that are left out of a throughput: kernels are compiled in them
 OURS = {"logging_steps": 10, "report_to": "none", "disable_tqdm": True,
         "ddp_find_unused_parameters": False}  # fmt: skip
 
@@ -209,6 +213,8 @@ def check(config: Mapping[str, Any]) -> None:
 def source(data: str | Mapping[str, Any]) -> Source:
     """Where the documents are. Raises UnifyError for an unknown option."""
     given = {"path": data} if isinstance(data, str) else dict(data)
+    if given.get("path") == "stdlib" and not Path("stdlib").exists():
+        given = {"pattern": "**/*.py", **given, "path": sysconfig.get_paths()["stdlib"]}
     try:
         return Source(**given)
     except TypeError as error:
@@ -353,19 +359,60 @@ class _Says(TrainerCallback):
                 yield {**at, "held_out": entry["eval_loss"], **bits}
 
 
+class _Clock(TrainerCallback):
+    """Times at which the device had done the warm-up, half of the steps after it, and the last."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """The warm-up is `WARM_UP` steps of those that this process makes, and at most half of them."""
+        self.cuda, first, last = args.device.type == "cuda", state.global_step, state.max_steps
+        self.warm_up = min(WARM_UP, (last - first) // 2)
+        warm = first + self.warm_up
+        self.stops, self.at = {warm, (warm + last) // 2, last}, {first: self.now()}
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """A stop, when the device has come to it."""
+        if state.global_step in self.stops:
+            self.at[state.global_step] = self.now()
+
+    def now(self) -> float:
+        """Seconds, once the device has done what it was told."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def found(self, tokens: int) -> dict[str, Any]:
+        """Steps that are timed, their tokens a second, and those of each half; tokens: of a step."""
+        steps = sorted(self.stops & self.at.keys())
+        pace = lambda a, b: (b - a) * tokens / (self.at[b] - self.at[a])  # noqa: E731
+        whole = {"warm_up": self.warm_up, "timed": steps[-1] - steps[0], "tokens_per_second": pace(steps[0], steps[-1])}
+        return {**whole, "halves": [pace(a, b) for a, b in pairwise(steps)]}
+
+
 def train(
-    config: Mapping[str, Any], name: str = "trained", resume: bool = False, say: Callable[[str], object] | None = None
+    config: Mapping[str, Any],
+    name: str = "trained",
+    resume: bool = False,
+    say: Callable[[str], object] | None = None,
+    timed: bool = False,
 ) -> dict[str, Any]:
     """Train a language model and leave it in the trainer's output_dir, in safetensors, its tokenizer beside it.
 
     config: see this module. name: the output_dir where the trainer's arguments say none. resume: go on from the last
         checkpoint there, if there is one. say: is told the loss, on the first process. One process, or as many as a launcher started.
-    Returns {"folder", "parameters", "steps", "loss", "held_out" (the last, or None), "tokens_per_second",
-    "history": [(step, loss) ...]}.
-    Raises UnifyError for a configuration that does not fit.
+        timed: refuse what would be in the throughput beside training.
+    Returns {"folder", "parameters", "steps", "loss", "held_out" (the last, or None), "history": [(step, loss) ...], and what
+    `cost` says of tokens a second and memory}. Raises UnifyError for a configuration that does not fit.
     """
     check(config)
     given = arguments(config, name)
+    if timed and (given.eval_strategy != "no" or given.save_strategy != "no"):
+        fails, works = (
+            "evaluations and checkpoints would be in it",
+            'leave "validation" out, and set "save_strategy": "no"',
+        )
+        raise UnifyError("a throughput to record", fails, works)
     tokenizer = ByT5Tokenizer(extra_ids=0)
     if config.get("tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(config["tokenizer"], local_files_only=True)
@@ -378,12 +425,15 @@ def train(
             raise UnifyError(f"validation {config['validation']}", "it fills no row", "more text, or a shorter length")
     torch.manual_seed(given.seed)
     made = model(config["model"], tokenizer)
+    parameters = sum(p.numel() for p in made.parameters())
     shown = {"args": given, "train_dataset": rows, "eval_dataset": held, "processing_class": tokenizer}
     trainer = UnifyTrainer(model=made, **shown)
     trainer.remove_callback(PrinterCallback)
     tokens = given.train_batch_size * given.gradient_accumulation_steps * given.world_size * rows.length
     trainer.add_callback(_Says(say or (lambda text: None), tokens, isinstance(tokenizer, ByT5Tokenizer)))
+    trainer.add_callback(clock := _Clock())
     result = trainer.train(resume_from_checkpoint=_last(given) if resume else given.resume_from_checkpoint)
+    spent = {**clock.found(tokens), **cost(trainer, tokens, rows.length)}
     if trainer.is_fsdp_enabled:  # shards are for checkpoints; what is left is whole
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     made.config.use_cache = True
@@ -392,10 +442,40 @@ def train(
     history = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     return {
         "folder": given.output_dir,
-        "parameters": sum(p.numel() for p in made.parameters()),
+        "parameters": parameters,
         "steps": result.global_step,
         "loss": history[-1][1] if history else result.training_loss,
         "held_out": next((x["eval_loss"] for x in reversed(trainer.state.log_history) if "eval_loss" in x), None),
-        "tokens_per_second": result.metrics.get("train_samples_per_second", 0) * config["length"],
         "history": history,
+        **spent,
+    }
+
+
+def cost(trainer: Trainer, tokens: int, length: int) -> dict[str, Any]:
+    """How the model lay on processes, what a step was, and what it took.
+
+    {"model": its layers, "processes", "sharding": "FSDP2", "DDP" or "none", "tokens_a_step", "length", "rows" of a process at
+    a time, "precision", "checkpointing", "peak": bytes that torch held at most in one process of a GPU, or None}. Beside them
+    `_Clock` says "warm_up": steps before the clock, "timed": steps after it, "tokens_per_second" of these, from the end of the
+    warm-up to that of the last on the device (reading rows, both passes, exchange, optimizer and logging are in it; evaluations
+    and checkpoints where there are some), and "halves": of each half of them.
+    """
+    from .distributed import peak
+
+    given, config = trainer.args, trainer.model.config
+    sharding = "DDP" if isinstance(trainer.model_wrapped, DistributedDataParallel) else "none"
+    if trainer.is_fsdp_enabled:
+        sharding = f"FSDP{trainer.accelerator.state.fsdp_plugin.fsdp_version}"
+    layers = [x if isinstance(x, str) else "a triple" for x in getattr(config, "layers", [config.model_type])]
+    checkpointing = given.gradient_checkpointing or bool((given.fsdp_config or {}).get("activation_checkpointing"))
+    return {
+        "model": ", ".join(dict.fromkeys(layers)),
+        "processes": given.world_size,
+        "sharding": sharding,
+        "tokens_a_step": tokens,
+        "length": length,
+        "rows": given.train_batch_size,
+        "precision": "bfloat16" if given.bf16 else "float16" if given.fp16 else "float32",
+        "checkpointing": checkpointing,
+        "peak": peak(given.device),
     }

@@ -280,9 +280,14 @@ def read(answer: Answer, run: Run, task: Task, device: str) -> float:
 
 def spent(began: float, device: str) -> dict[str, Any]:
     """When a run began and ended (seconds since 1970), how long it took, on what, with which versions."""
+    ended = time.time()
+    return {"seconds": ended - began, "began": began, "ended": ended, **machine(device)}
+
+
+def machine(device: str) -> dict[str, Any]:
+    """The device's name and the versions of what ran on it."""
     from importlib.metadata import version
 
-    ended = time.time()
     name = torch.cuda.get_device_name() if device == "cuda" else f"a CPU ({platform.machine()})"
     versions = {
         "python": platform.python_version(),
@@ -291,4 +296,4 @@ def spent(began: float, device: str) -> dict[str, Any]:
     }
     if device == "cuda":
         versions["triton"] = version("triton")
-    return {"seconds": ended - began, "began": began, "ended": ended, "device": name, "versions": versions}
+    return {"device": name, "versions": versions}

@@ -28,8 +28,11 @@ Train = Callable[..., dict[str, Any]]
 Work = Callable[[Run, Say], dict[str, Any]]
 
 
-def load(path: Path) -> list[dict[str, Any]]:
-    """The records of a file, without a last line that was cut off. Raises UnifyError where a whole line is no record."""
+def load(path: Path, needs: tuple[str, ...] = ("key", "accuracy")) -> list[dict[str, Any]]:
+    """The records of a file, without a last line that was cut off. Raises UnifyError where a whole line is no record.
+
+    needs: what a record holds at least.
+    """
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")[
@@ -37,8 +40,8 @@ def load(path: Path) -> list[dict[str, Any]]:
     ]  # after the last line's end stands nothing, or what a kill cut off
     try:
         records = [json.loads(line) for line in lines if line]
-        return records if all("key" in r and "accuracy" in r for r in records) else _refuse(path)
-    except (ValueError, TypeError):
+        return records if all(set(needs) <= r.keys() for r in records) else _refuse(path)
+    except (ValueError, TypeError, AttributeError):
         return _refuse(path)
 
 
