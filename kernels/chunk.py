@@ -165,13 +165,24 @@ def facing(level, C: tl.constexpr):
 
 
 @triton.jit
-def meet(both, read, written, d_read, d_write, decay, second, faces, c, DT: tl.constexpr, ACC: tl.constexpr):
+def meet(both, read, written, d_read, d_write, net, decay, second, faces, c, DT: tl.constexpr, ACC: tl.constexpr):
     """Gradients of the reads and writes of a level: a token is one or the other there, so one product gives both.
 
-    both: the scores' gradient plus its transpose; decay: from each token to the border.
+    both: the scores' gradient plus its transpose; decay: from each token to the border. net: read . d read - write . d write,
+    of rows as they are multiplied, so that what its sums hold twice cancels however coarse they are.
     """
-    flow = c * decay * dot(tl.where(faces, both, 0.0), tl.where(second, read, written) * decay, DT, ACC)
-    return d_read + tl.where(second, flow, 0.0), d_write + tl.where(second, 0.0, flow)
+    rows = (tl.where(second, read, written) * decay).to(DT)
+    flow = c * dot(tl.where(faces, both, 0.0), rows, DT, ACC)
+    net += tl.where(second, flow, -flow) * rows.to(ACC)
+    flow *= decay
+    return d_read + tl.where(second, flow, 0.0), d_write + tl.where(second, 0.0, flow), net
+
+
+@triton.jit
+def pair(dA, read, written, d_read, d_write, inside, c, DT: tl.constexpr, ACC: tl.constexpr):
+    """Gradients of reads and writes from that of their decayed scores, c dA; inside: the sum of write . d write, [C]."""
+    to_write = c * dot(tl.trans(dA), read, DT, ACC)
+    return d_read + c * dot(dA, written, DT, ACC), d_write + to_write, inside + tl.sum(written * to_write, 1)
 
 
 @triton.jit
@@ -179,13 +190,6 @@ def diagonal(A, C: tl.constexpr):
     """Each token's read of its own write, [C, 1]."""
     i = tl.arange(0, C)
     return tl.sum(tl.where(i[:, None] == i[None, :], A, 0.0), 1)[:, None]
-
-
-@triton.jit
-def pair(dA, read, written, d_read, d_write, inside, c, DT: tl.constexpr, ACC: tl.constexpr):
-    """Gradients of reads and writes from that of their decayed scores, c dA; inside: sum of write . d write, [C]."""
-    to_write = c * dot(tl.trans(dA), read, DT, ACC)
-    return d_read + c * dot(dA, written, DT, ACC), d_write + to_write, inside + tl.sum(written * to_write, 1)
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------
@@ -479,33 +483,19 @@ def _read(
 
 
 @triton.jit
-def _grads(
-    q, r, k, w, do, du, v, u, qk, qw, rk, rw, S, D, G, dq, dr, dk, dw, dg, offsets, c, N, H, K, V, X, tokens,
-    READS: tl.constexpr, WRITES: tl.constexpr, GATE: tl.constexpr, BEFORE: tl.constexpr, SPLIT: tl.constexpr,
-    C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BX: tl.constexpr, DT: tl.constexpr, ACC: tl.constexpr,
+def outside(
+    do, du, v, u, S, D, slot, k0, start, end, h, H, K, V,
+    READS: tl.constexpr, WRITES: tl.constexpr, SPLIT: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    DT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of reads and writes and of the gates, for a block of key channels of a chunk.
-
-    Reads: q with cotangent c do, and r (before its token's update) with cotangent -du. Writes: k with v, and w with u.
-    qk ... rw [tokens, H, C] hold the products do v^T ... du u^T. S is the state at the chunk's start and D the adjoint
-    at its end. A gate decays what is read later of what was written earlier: dg_t is sum_v S D decayed over the chunk, the reads of
-    S from t on, the writes before t that D sees, and, inside the chunk, the sum from t on of read . d read - write . d write. What a
-    token reads of its own write is in both of these and cancels, but behind strong gates it is most of them: APART leaves it out,
-    where operands are as precise as sums. SPLIT: see `split_dot`.
-    """
-    blocks = tl.cdiv(K, BK)
-    slot, k0, h = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BK, tl.program_id(1)
-    start, end = locate(slot, offsets, N, C)
-    if start >= end:
-        return
-    x0 = k0 if BX > 1 else 0
+    """What reads get from the state at a chunk's start and writes from the adjoint at its end, undecayed; sum_v S D, [BK]."""
     d_q, d_r, d_k, d_w = tl.zeros([C, BK], ACC), tl.zeros([C, BK], ACC), tl.zeros([C, BK], ACC), tl.zeros([C, BK], ACC)
-    tail = tl.zeros([BK], ACC)
+    both = tl.zeros([BK], ACC)
     for v0 in range(0, V, BV):
         at, inside = matrix_at(S, slot * H + h, K, V, k0, v0, BK, BV)
         state = tl.load(at, mask=inside, other=0.0).to(ACC)
         at, inside = matrix_at(D, slot * H + h, K, V, k0, v0, BK, BV)
-        tail += tl.sum(state * tl.load(at, mask=inside, other=0.0).to(ACC), 1)
+        both += tl.sum(state * tl.load(at, mask=inside, other=0.0).to(ACC), 1)
     for v0 in range(0, V, BV):
         at, inside = matrix_at(S, slot * H + h, K, V, k0, v0, BK, BV)
         state = tl.load(at, mask=inside, other=0.0)
@@ -517,7 +507,35 @@ def _grads(
             d_r += split_dot(load(du, start, end, h, H, V, v0, C, BV), tl.trans(state), SPLIT, DT, ACC)
         if WRITES == 2:
             d_w += split_dot(load(u, start, end, h, H, V, v0, C, BV), tl.trans(adjoint), SPLIT, DT, ACC)
+    return d_q, d_r, d_k, d_w, both
 
+
+@triton.jit
+def _grads(
+    q, r, k, w, do, du, v, u, qk, qw, rk, rw, S, D, G, dq, dr, dk, dw, dg, offsets, c, N, H, K, V, X, tokens,
+    READS: tl.constexpr, WRITES: tl.constexpr, GATE: tl.constexpr, BEFORE: tl.constexpr, SPLIT: tl.constexpr,
+    C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BX: tl.constexpr, DT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Gradients of reads and writes and of the gates, for a block of key channels of a chunk.
+
+    Reads: q with cotangent c do, and r (before its token's update) with cotangent -du. Writes: k with v, and w with u.
+    qk ... rw [tokens, H, C] hold the products do v^T ... du u^T. S is the state at the chunk's start and D the adjoint
+    at its end. A gate decays what is read later of what was written earlier: dg_t is sum_v S D decayed over the chunk, the reads of
+    S from t on, the writes before t that D sees, and, inside the chunk, the sum from t on of `net`, read . d read - write . d write,
+    less `late`, what is read at t ahead of its gate. What a token reads of its own write cancels in it, but behind strong gates it is
+    larger than all that does not: it is left out, with one decay a head only where operands are as precise as sums (APART), for want
+    of registers. SPLIT: see `split_dot`.
+    """
+    blocks = tl.cdiv(K, BK)
+    slot, k0, h = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BK, tl.program_id(1)
+    start, end = locate(slot, offsets, N, C)
+    if start >= end:
+        return
+    x0 = k0 if BX > 1 else 0
+    APART: tl.constexpr = GATE == HEAD and not BEFORE and DT == ACC
+    d_q, d_r, d_k, d_w, tail = outside(
+        do, du, v, u, S, D, slot, k0, start, end, h, H, K, V, READS, WRITES, SPLIT, C, BK, BV, DT, ACC
+    )
     after = load(G, start, end, h, H, X, x0, C, BX)
     before = load(G, start, end, h, H, X, x0, C, BX, 1)
     total = load_row(G, end - 1, h, H, X, x0, BX)
@@ -534,7 +552,7 @@ def _grads(
         w_ = load(w, start, end, h, H, K, k0, C, BK).to(ACC)
         d_w *= to_end
         passed += w_ * d_w
-    passed = tl.sum(passed, 1 if GATE == HEAD else 0)
+    tail *= weight(total, ACC)
 
     d_qk = load(qk, start, end, h, H, C, 0, C, C).to(ACC)
     if READS == 2:
@@ -542,19 +560,13 @@ def _grads(
     if WRITES == 2:
         d_qw = load(qw, start, end, h, H, C, 0, C, C).to(ACC)
         d_rw = load(rw, start, end, h, H, C, 0, C, C).to(ACC)
-    APART: tl.constexpr = not BEFORE and DT == ACC
-    if not BEFORE and (APART or GATE != HEAD):
-        own_k = c * diagonal(d_qk, C)
-        if WRITES == 2:
-            own_w = c * diagonal(d_qw, C)
-        if not APART:
-            d_q, d_k = d_q + own_k * k_, d_k + own_k * q_
-            if WRITES == 2:
-                d_q, d_w = d_q + own_w * w_, d_w + own_w * q_
     if GATE == HEAD:
-        inside = tl.zeros([C], ACC)
+        passed, inside = tl.sum(passed, 1), tl.zeros([C], ACC)
         decay = weight(seen - tl.trans(after), ACC)
         if APART:
+            own = c * diagonal(d_qk, C)
+            if WRITES == 2:
+                own_w = c * diagonal(d_qw, C)
             decay = tl.where(causal(C, True), decay, 0.0)
         d_q, d_k, inside = pair(d_qk * decay, q_, k_, d_q, d_k, inside, c, DT, ACC)
         if WRITES == 2:
@@ -565,6 +577,16 @@ def _grads(
             if WRITES == 2:
                 d_r, d_w, inside = pair(d_rw * decay, r_, w_, d_r, d_w, inside, -1.0, DT, ACC)
     else:
+        net = q_ * d_q - passed
+        if READS == 2:
+            net += r_ * d_r
+        tail += tl.sum(passed, 0)
+        if not BEFORE:
+            own = c * diagonal(d_qk, C)
+            d_q, d_k = d_q + own * k_, d_k + own * q_
+            if WRITES == 2:
+                own = c * diagonal(d_qw, C)
+                d_q, d_w = d_q + own * w_, d_w + own * q_
         d_qk += tl.trans(d_qk)
         if READS == 2:
             d_rk += tl.trans(d_rk)
@@ -576,41 +598,28 @@ def _grads(
             middle, ahead = ahead, border(G, level + 1, start, end, h, H, X, x0, C, BX)  # under way early
             second, faces = facing(level, C)
             decay = weight(tl.where(second, seen - middle, middle - after), ACC)
-            d_q, d_k = meet(d_qk, q_, k_, d_q, d_k, decay, second, faces, c, DT, ACC)
+            d_q, d_k, net = meet(d_qk, q_, k_, d_q, d_k, net, decay, second, faces, c, DT, ACC)
             if WRITES == 2:
-                d_q, d_w = meet(d_qw, q_, w_, d_q, d_w, decay, second, faces, c, DT, ACC)
+                d_q, d_w, net = meet(d_qw, q_, w_, d_q, d_w, net, decay, second, faces, c, DT, ACC)
             if READS == 2:
                 decay = weight(tl.where(second, before - middle, middle - after), ACC)
-                d_r, d_k = meet(d_rk, r_, k_, d_r, d_k, decay, second, faces, -1.0, DT, ACC)
+                d_r, d_k, net = meet(d_rk, r_, k_, d_r, d_k, net, decay, second, faces, -1.0, DT, ACC)
                 if WRITES == 2:
-                    d_r, d_w = meet(d_rw, r_, w_, d_r, d_w, decay, second, faces, -1.0, DT, ACC)
+                    d_r, d_w, net = meet(d_rw, r_, w_, d_r, d_w, net, decay, second, faces, -1.0, DT, ACC)
 
-    now, late = (
-        tl.zeros([C, BK], ACC),
-        tl.zeros([C, BK], ACC),
-    )  # what a token's own gate decays and what only gates before it do
-    if BEFORE:
-        late += q_ * d_q
-    else:
-        now += q_ * d_q
+    late = q_ * d_q if BEFORE else tl.zeros([C, BK], ACC)
     if READS == 2:
         late += r_ * d_r
-    tail *= weight(total, ACC)
     if GATE == HEAD:
-        now = tl.sum(now, 1) - inside
-        every = now + tl.sum(late, 1)
-        d_g = tl.sum(tail, 0) + tl.sum(every, 0) - tl.cumsum(every - passed, 0) + now - passed
+        net = tl.sum(late if BEFORE else late + q_ * d_q, 1) - inside
+        d_g = tl.sum(tail, 0) + tl.sum(net, 0) - tl.cumsum(net - passed, 0) + net - passed - tl.sum(late, 1)
         share = dg + (k0 // BK).to(tl.int64) * tokens * H  # of this block of channels; they are added up later
         store(share, d_g[:, None], start, end, h, H, 1, 0, C, 1)
     else:
-        now -= k_ * d_k
-        if WRITES == 2:
-            now -= w_ * d_w
-        every = now + late
-        d_g = (tail + passed + tl.sum(every, 0))[None, :] - tl.cumsum(every, 0) + now
+        d_g = (tail + tl.sum(net, 0))[None, :] - tl.cumsum(net, 0) + net - late
         store(dg, d_g, start, end, h, H, X, x0, C, BX)
     if APART:
-        d_q, d_k = d_q + own_k * k_, d_k + own_k * q_
+        d_q, d_k = d_q + own * k_, d_k + own * q_
         if WRITES == 2:
             d_q, d_w = d_q + own_w * w_, d_w + own_w * q_
     store(dq, d_q, start, end, h, H, K, k0, C, BK)

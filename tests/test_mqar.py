@@ -19,6 +19,7 @@ from test_cli import unify as command
 import unify
 from unify.errors import UnifyError
 from unify.evidence import SECTIONS, write
+from unify.models import zoo
 from unify.mqar import sweep as sweeping
 from unify.mqar.figures import draw
 from unify.mqar.report import changed, changes, comparisons, markdown, minutes, open_questions, standings
@@ -253,6 +254,18 @@ def test_the_set_up_is_the_paper_s():
     decay = model.model.layers[0].mixer.gates["g"]
     assert torch.allclose(decay.A_log.exp(), torch.linspace(0.01, 0.16, 8))
     assert torch.allclose(torch.nn.functional.softplus(decay.dt_bias)[[0, -1]], torch.tensor([0.1, 0.001]))
+
+
+def test_the_control_is_palimpsa_without_its_importance():
+    named = {m: {n: p.shape for n, p in _model(Run(m)).named_parameters()} for m in ("palimpsa", "not_palimpsa")}
+    gone = {n for n in named["palimpsa"] if re.search(r"\.importance(\.|_scale)|\.prior_precision\.", n)}
+    assert gone
+    assert named["not_palimpsa"] == {n: x for n, x in named["palimpsa"].items() if n not in gone}
+    layers = [_model(Run(m)).model.layers[0].mixer for m in ("palimpsa", "not_palimpsa")]
+    for what in ("strength", "gate", "norm", "conv_size", "_unit"):
+        assert getattr(layers[0], what) == getattr(layers[1], what), what
+    assert layers[0].out_norm.eps == layers[1].out_norm.eps
+    assert str(layers[1].triple) == str(zoo.get("mamba2").triple)
 
 
 @pytest.mark.parametrize("match", ["state", "parameters"])

@@ -50,7 +50,7 @@ OUTPUT = "One line of JSON a run; runs in it are not done again."
 def mqar(
     toy: Annotated[bool, typer.Option("--toy", help="Small enough for two minutes on two cores.")] = False,
     models: Annotated[
-        str | None, typer.Option("--models", "-m", metavar="A,B", help="Models; also transformer.")
+        str | None, typer.Option("--models", "-m", metavar="A,B", help="Models; also transformer, not_palimpsa.")
     ] = None,
     tasks: Annotated[
         str | None, typer.Option("--tasks", "-t", metavar="TxP", help="Tokens x pairs; TxP-O overwrites O keys.")
@@ -79,12 +79,12 @@ def mqar(
     from .models import zoo
     from .mqar.figures import draw
     from .mqar.report import standings
-    from .mqar.run import ATTENTION, MODELS
+    from .mqar.run import MODELS
     from .mqar.sweep import grid, load, sweep
     from .mqar.task import Task
 
     names = _list(models or (TOY_MODELS if toy else ",".join(MODELS)))
-    names = [name if name == ATTENTION else zoo.get(name).name for name in names]
+    names = [name if name in MODELS else zoo.get(name).name for name in names]
     more: dict[str, Any] = dict(TOY) if toy else {}
     sizes = {"steps": steps, "evaluate_every": every, "sequences": sequences, "batch": batch}
     more |= {k: v for k, v in sizes.items() if v is not None}

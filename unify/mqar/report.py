@@ -10,14 +10,15 @@ from typing import Any
 
 from unify.errors import UnifyError
 
-from .run import ATTENTION, MODELS, SOLVED, Run
+from .run import ATTENTION, CONTROL, MODELS, SOLVED, Run
 from .task import Task
 
 # which is compared with which: a memory with an importance and its source, then Palimpsa and the other memories
 PAIRS = (
-    ("metamamba2", "mamba2"), ("meta_gla", "gla"), ("meta_gdn", "gated_deltanet"), ("palimpsa", "mamba2"),
-    ("palimpsa", "palimpsa_key"), ("palimpsa", "gated_deltanet"), ("palimpsa", "kda"), ("palimpsa", "mesanet"),
-    ("palimpsa", ATTENTION),
+    ("palimpsa", CONTROL), ("palimpsa_key", CONTROL), ("metamamba2", "mamba2"), ("meta_gla", "gla"),
+    ("meta_gdn", "gated_deltanet"), ("palimpsa", "palimpsa_key"), ("palimpsa", "mamba2"), ("palimpsa", "gated_deltanet"),
+    ("palimpsa", "kda"), ("palimpsa", "mesanet"), ("palimpsa", ATTENTION), ("palimpsa_key", "mamba2"),
+    ("palimpsa_key", "mesanet"), ("palimpsa_key", ATTENTION),
 )  # fmt: skip
 ENOUGH = 3  # seeds
 RISING = 0.01  # accuracy gained by the last look at it
@@ -67,7 +68,8 @@ def name(model: str) -> str:
     """A model's label."""
     from unify.models.zoo import ZOO
 
-    return "Transformer" if model == ATTENTION else ZOO[model].label
+    labels = {ATTENTION: "Transformer", CONTROL: "Palimpsa without importance"}
+    return labels.get(model) or ZOO[model].label
 
 
 def standings(records: Iterable[dict[str, Any]]) -> list[Standing]:

@@ -17,9 +17,10 @@ from unify.errors import UnifyError
 from .task import IGNORED, Task
 
 ATTENTION = "transformer"
+CONTROL = "not_palimpsa"  # as the paper's authors call Palimpsa's layer without importance: around Mamba-2's memory
 MODELS = (
-    "palimpsa", "palimpsa_key", "mamba2", "metamamba2", "gla", "meta_gla", "gated_deltanet", "meta_gdn", "kda", "mesanet",
-    ATTENTION,
+    "palimpsa", "palimpsa_key", CONTROL, "mamba2", "metamamba2", "gla", "meta_gla", "gated_deltanet", "meta_gdn", "kda",
+    "mesanet", ATTENTION,
 )  # fmt: skip
 MATCHES = ("none", "state", "parameters")
 SOLVED = 0.99
@@ -29,10 +30,11 @@ SOLVED = 0.99
 class Run:
     """What a run is a function of. Set-up of the Palimpsa paper: two layers, no MLP, tied embeddings, AdamW with a cosine.
 
-    model: a name of the zoo, or "transformer". match: "state" or "parameters" widens or narrows the values until the
-    model has the state or the parameters of Mamba-2 at these sizes. sequences: of the training set; steps: of the optimizer,
-    at most, the length of the cosine; the paper's is 60 epochs. evaluate_every: steps between two looks at the test set, an
-    epoch in the paper. head_dim: K; expand_v: V / K. Raises UnifyError for a model or a size that there is not.
+    model: a name of the zoo, "transformer", or "not_palimpsa", Palimpsa's layer without importance. match: "state" or
+    "parameters" widens or narrows the values until the model has the state or the parameters of Mamba-2 at these sizes.
+    sequences: of the training set; steps: of the optimizer, at most, the length of the cosine; the paper's is 60 epochs.
+    evaluate_every: steps between two looks at the test set, an epoch in the paper. head_dim: K; expand_v: V / K.
+    Raises UnifyError for a model or a size that there is not.
     """
 
     model: str
@@ -100,6 +102,7 @@ def _matched(run: Run):
 
 def _plain(run: Run):
     from unify.models import UnifyConfig
+    from unify.models.choices import PUBLISHED
 
     sizes = {"vocab_size": run.task.vocab, "hidden_size": run.d_model, "num_hidden_layers": run.layers}
     more = {
@@ -112,6 +115,9 @@ def _plain(run: Run):
     if run.model == ATTENTION:
         return UnifyConfig(**sizes, **more, layers="full_attention", num_attention_heads=run.heads)
     layer = {"num_heads": run.heads, "head_dim": run.head_dim, "expand_v": run.expand_v, "rank": 8}
+    if run.model == CONTROL:  # a layer's own defaults in place of what Mamba-2's chooses otherwise
+        plain = {"conv_bias": False, "norm": "head", "norm_eps": 1e-6}
+        return UnifyConfig(**sizes, **more, layers="mamba2", layer={**layer, **plain, **PUBLISHED["palimpsa"]})
     return UnifyConfig(**sizes, **more, layers=run.model, layer=layer)
 
 
@@ -207,11 +213,13 @@ def fit(
     *,
     prepare: Callable[[int], None] = lambda step: None,
     solved: float = SOLVED,
+    look: Answer | None = None,
 ) -> list[list[float]]:
     """Optimize run.steps steps, or until the accuracy is above `solved`; [[step, mean loss since the last, accuracy], ...].
 
-    answer: see `Answer`. run: its batch, seed, steps and evaluate_every are used. prepare: called before each step, from 1.
-    bfloat16 on a GPU, weights in float32; the host waits for the GPU at evaluations alone.
+    answer: see `Answer`; look: what evaluates in its place, such as the same uncompiled (a compiled one would be compiled again
+    for the last, smaller batch and without gradients). run: its batch, seed, steps and evaluate_every are used. prepare:
+    called before each step, from 1. bfloat16 on a GPU, weights in float32; the host waits for the GPU at evaluations alone.
     """
     device, curve = train.inputs.device.type, []
     rows = batches(len(train.inputs), run.batch, run.seed, device)
@@ -232,7 +240,7 @@ def fit(
         if step % run.evaluate_every and step < run.steps:
             continue
         with cast:
-            curve.append([step, total.item() / since, accuracy(answer, tests, run.batch)])
+            curve.append([step, total.item() / since, accuracy(look or answer, tests, run.batch)])
         progress(*curve[-1])
         if curve[-1][2] > solved:
             break
@@ -264,8 +272,9 @@ def train(
     sets = [data(run.task, n, run.seed, split, device) for split, n in enumerate((run.sequences, run.tests))]
     optimizer = torch.optim.AdamW(_groups(model), lr=run.lr, weight_decay=0.1, fused=device == "cuda")
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, run.steps)
-    answer = torch.compile(answering(model)) if compiled else answering(model)
-    curve = fit(answer, optimizer, schedule, *sets, run, progress)
+    answer = answering(model)
+    trained = torch.compile(answer, dynamic=False) if compiled else answer
+    curve = fit(trained, optimizer, schedule, *sets, run, progress, look=answer)
     with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
         others = {str(t): read(answer, run, t, device) for t in also}
     return {"run": asdict(run), "key": run.key, **cost(config(run)), "accuracy": curve[-1][2], "others": others,
