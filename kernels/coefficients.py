@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from unify.kernels.operator import operator
+
 STATEFUL, STATELESS = 32, 8  # tokens of a block
 BLOCKS, CHANNELS = 64, 16  # blocks and channels that the scan over blocks takes at a time
 REGISTRY: dict[str, tuple] = {}  # content key -> (imported module, printed Coefficients)
@@ -118,7 +120,7 @@ class _Launch:
         ]
 
 
-@torch.library.custom_op("unify::coefficients", mutates_args=())
+@operator("coefficients")
 def coefficients(
     key: str,
     inputs: list[Tensor],
@@ -152,7 +154,7 @@ def _(key, inputs, states, offsets, scale, sizes, dtype):
     return [*at.outputs(), *at.small()]
 
 
-@torch.library.custom_op("unify::coefficients_backward", mutates_args=())
+@operator("coefficients_backward")
 def coefficients_backward(
     key: str, inputs: list[Tensor], kept: list[Tensor], offsets: Tensor, scale: float, sizes: list[int],
     dtype: torch.dtype, d_outputs: list[Tensor], d_ends: list[Tensor],
@@ -192,10 +194,11 @@ def _keep(ctx, inputs, output):
     ends = ctx.outputs + len(states)
     ctx.shapes = [(x.shape, x.dtype) for x in output[:ends]]
     ctx.save_for_backward(*given, offsets, *output[ends:])
-    ctx.set_materialize_grads(False)  # what is kept for the gradient is an output too, and needs none
+    ctx.mark_non_differentiable(*output[ends:])
+    ctx.set_materialize_grads(False)
 
 
-def _back(ctx, grads):
+def _back(ctx, *grads):
     given, (offsets, *kept) = ctx.saved_tensors[: ctx.given], ctx.saved_tensors[ctx.given :]
     d = [
         offsets.new_zeros(shape, dtype=dtype) if x is None else x
@@ -208,7 +211,7 @@ def _back(ctx, grads):
     )
     spec = REGISTRY[ctx.key][1]
     inputs = [next(found) if x.argument in spec.graded else None for x in spec.inputs]
-    return None, inputs, list(found), None, None, None, None
+    return None, *inputs, *found, None, None, None, None
 
 
-coefficients.register_autograd(_back, setup_context=_keep)
+coefficients.register_autograd(_back, _keep)

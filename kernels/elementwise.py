@@ -35,6 +35,7 @@ from torch import Tensor
 from unify.kernels import elementwise_backward as backward
 from unify.kernels import elementwise_forward as forward
 from unify.kernels.chunk import strided
+from unify.kernels.operator import operator
 
 CHUNK = 128  # tokens between states in memory, forward
 CHUNK_BACK = 64  # and backward: twice the programs
@@ -272,7 +273,7 @@ class _Backward:
 # ---- operators -------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("unify::elementwise", mutates_args=())
+@operator("elementwise")
 def _op(
     q: Tensor, k: Tensor, v: Tensor, b: Tensor, g: Tensor, prior: Tensor, bonus: Tensor | None, spread: Tensor | None,
     M0: Tensor, I0: Tensor, offsets: Tensor, scale: float, before: bool, variance: bool,
@@ -289,7 +290,7 @@ def _(q, k, v, b, g, prior, bonus, spread, M0, I0, offsets, scale, before, varia
     return [o, torch.empty_like(o) if variance else o.new_empty(0), *last]
 
 
-@torch.library.custom_op("unify::elementwise_backward", mutates_args=())
+@operator("elementwise_backward")
 def _op_backward(
     q: Tensor, k: Tensor, v: Tensor, b: Tensor, g: Tensor, prior: Tensor, bonus: Tensor | None, spread: Tensor | None,
     M0: Tensor, I0: Tensor, offsets: Tensor, scale: float, before: bool, variance: bool,
@@ -316,15 +317,14 @@ def _keep(ctx, inputs, output):
     ctx.save_for_backward(*tensors)
 
 
-def _gradients(ctx, grads):
-    d_o, d_variance, dM_T, dI_T = grads
+def _gradients(ctx, d_o, d_variance, dM_T, dI_T):
     args = ctx.saved_tensors
     out = _op_backward(*args, ctx.scale, ctx.before, ctx.variance, d_o, d_variance, dM_T, dI_T)
     out = [None if x is None else y for x, y in zip(args[:10], out, strict=True)]
     return *out, None, None, None, None
 
 
-_op.register_autograd(_gradients, setup_context=_keep)
+_op.register_autograd(_gradients, _keep)
 
 
 def elementwise(

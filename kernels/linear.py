@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from unify.kernels import chunk
+from unify.kernels.operator import operator
 
 
-@torch.library.custom_op("unify::linear", mutates_args=())
+@operator("linear")
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, s0: Tensor, offsets: Tensor, scale: float, before: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -35,7 +36,7 @@ def _(q, k, v, g, s0, offsets, scale, before):
     return o, last, at.gates_like(q), at.states_like(q), *(torch.empty_like(x) for x in (A, near, far))
 
 
-@torch.library.custom_op("unify::linear_backward", mutates_args=())
+@operator("linear_backward")
 def _backward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, offsets: Tensor, kept: list[Tensor], do: Tensor, d_last: Tensor, scale: float, before: bool,
 ) -> list[Tensor]:  # fmt: skip
@@ -58,6 +59,7 @@ def _(q, k, v, g, offsets, kept, do, d_last, scale, before):
 def _keep(ctx, inputs, output):
     *given, _, offsets, ctx.scale, ctx.before = inputs
     ctx.save_for_backward(*given, offsets, *output[1:])
+    ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
 
 
@@ -68,7 +70,7 @@ def _back(ctx, do, d_last, *_):
     return *_backward(q, k, v, g, offsets, kept, do, d_last, ctx.scale, ctx.before), None, None, None
 
 
-_forward.register_autograd(_back, setup_context=_keep)
+_forward.register_autograd(_back, _keep)
 
 
 def linear(

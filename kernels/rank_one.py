@@ -21,6 +21,7 @@ from torch import Tensor
 
 from unify.kernels import chunk
 from unify.kernels.chunk import dot, far, load, locate, near, store
+from unify.kernels.operator import operator
 
 
 @triton.jit
@@ -127,7 +128,7 @@ def _mixed(
     return out
 
 
-@torch.library.custom_op("unify::rank_one", mutates_args=())
+@operator("rank_one")
 def _forward(
     q: Tensor, r: Tensor, w: Tensor, k: Tensor, v: Tensor, g: Tensor, s0: Tensor, offsets: Tensor, scale: float, before: bool, shared: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -163,7 +164,7 @@ def _(q, r, w, k, v, g, s0, offsets, scale, before, shared):
     return o, last, at.gates_like(q), at.states_like(q), *(torch.empty_like(x) for x in kept)
 
 
-@torch.library.custom_op("unify::rank_one_backward", mutates_args=())
+@operator("rank_one_backward")
 def _backward(
     q: Tensor, r: Tensor, w: Tensor, k: Tensor, v: Tensor, g: Tensor, offsets: Tensor, kept: list[Tensor], do: Tensor, d_last: Tensor,
     scale: float, before: bool, shared: bool,
@@ -195,6 +196,7 @@ def _(q, r, w, k, v, g, offsets, kept, do, d_last, scale, before, shared):
 def _keep(ctx, inputs, output):
     *given, _, offsets, ctx.scale, ctx.before, ctx.shared = inputs
     ctx.save_for_backward(*given, offsets, *output[1:])
+    ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
 
 
@@ -208,7 +210,7 @@ def _back(ctx, do, d_last, *_):
     return dq, dr, dw, dk[0] if dk else None, dv, dg, d_start, None, None, None, None
 
 
-_forward.register_autograd(_back, setup_context=_keep)
+_forward.register_autograd(_back, _keep)
 
 
 def rank_one(

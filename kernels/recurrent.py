@@ -11,6 +11,8 @@ import torch
 import triton
 from torch import Tensor
 
+from unify.kernels.operator import operator
+
 EVERY = 64  # tokens between marks
 TILE = 4096  # entries of a [K, V] tile that one program may hold
 REGISTRY: dict[str, tuple] = {}  # content key -> (imported module, printed Module)
@@ -74,7 +76,7 @@ class _Launch:
         ]
 
 
-@torch.library.custom_op("unify::recurrent", mutates_args=())
+@operator("recurrent")
 def recurrent(
     key: str, inputs: list[Tensor], state: list[Tensor], offsets: Tensor, scale: float, variance: bool, marks: bool
 ) -> list[Tensor]:
@@ -106,7 +108,7 @@ def _(key, inputs, state, offsets, scale, variance, marks):
     return [o, torch.empty_like(o) if variance else o.new_empty(0), *at.per_state(at.N, at.H), *kept]
 
 
-@torch.library.custom_op("unify::recurrent_backward", mutates_args=())
+@operator("recurrent_backward")
 def recurrent_backward(
     key: str,
     inputs: list[Tensor],
@@ -178,7 +180,7 @@ def _keep(ctx, inputs, output):
     ctx.save_for_backward(*given, offsets, *output[2 + count :])
 
 
-def _back(ctx, grads):
+def _back(ctx, *grads):
     *rest, = ctx.saved_tensors  # fmt: skip
     given, offsets, marks = rest[: ctx.given], rest[ctx.given], rest[ctx.given + 1 :]
     d_o, d_variance, d_ends = grads[0], grads[1], list(grads[2 : 2 + ctx.count])
@@ -186,7 +188,7 @@ def _back(ctx, grads):
         d_variance = d_o.new_empty(0)
     out = recurrent_backward(ctx.key, given, marks, offsets, ctx.scale, d_o, d_variance, d_ends)
     inputs = [g if g.numel() else torch.zeros_like(x) for g, x in zip(out[: ctx.given], given, strict=True)]
-    return None, inputs, out[ctx.given :], None, None, None, None
+    return None, *inputs, *out[ctx.given :], None, None, None, None
 
 
-recurrent.register_autograd(_back, setup_context=_keep)
+recurrent.register_autograd(_back, _keep)

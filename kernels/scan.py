@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from unify.kernels.operator import operator
+
 TOKENS, CHANNELS = 64, 32
 
 
@@ -111,7 +113,7 @@ def _options(x: Tensor, g: Tensor) -> dict:
     }
 
 
-@torch.library.custom_op("unify::decayed_sum", mutates_args=())
+@operator("decayed_sum")
 def _sum(g: Tensor, x: Tensor, x0: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     y, end = torch.empty_like(x), torch.empty_like(x0)
     D, H = x.shape[-1], x.shape[-2]
@@ -125,7 +127,7 @@ def _(g, x, x0, offsets):
     return torch.empty_like(x), torch.empty_like(x0)
 
 
-@torch.library.custom_op("unify::decayed_sum_backward", mutates_args=())
+@operator("decayed_sum_backward")
 def _sum_backward(g: Tensor, dy: Tensor, d_end: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     dx, d_start = torch.empty_like(dy), torch.empty_like(d_end)
     D, H = dy.shape[-1], dy.shape[-2]
@@ -152,7 +154,7 @@ def _back(ctx, dy, d_end):
     return (dg if g.shape == x.shape else dg.sum(-1, keepdim=g.ndim == x.ndim)), dx, d_start, None
 
 
-_sum.register_autograd(_back, setup_context=_keep)
+_sum.register_autograd(_back, _keep)
 
 
 def decayed_sum(g: Tensor, x: Tensor, x0: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from unify.kernels import chunk
 from unify.kernels.chunk import dot, load, locate, matrix_at, split_dot, store, weight
+from unify.kernels.operator import operator
 
 STEPS = 256  # the worst system tried (condition number 1.6e5) took 105 steps in bfloat16, 188 in float32
 # Residual at which a solve ends, relative to q, both measured by the preconditioner. Steps that takes, emulated in torch
@@ -149,7 +150,7 @@ def _solved(
     return out
 
 
-@torch.library.custom_op("unify::solve", mutates_args=())
+@operator("solve")
 def _forward(
     q: Tensor, k: Tensor, gain: Tensor, g: Tensor, prior: Tensor, p0: Tensor, offsets: Tensor, before: bool, steps: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -168,7 +169,7 @@ def _(q, k, gain, g, prior, p0, offsets, before, steps):
     return torch.empty_like(q), p0.new_empty(p0.shape), at.gates_like(q), P
 
 
-@torch.library.custom_op("unify::solve_backward", mutates_args=())
+@operator("solve_backward")
 def _backward(
     k: Tensor, gain: Tensor, g: Tensor, prior: Tensor, offsets: Tensor, x: Tensor, G: Tensor, P: Tensor, dx: Tensor, d_last: Tensor,
     before: bool, steps: int,
@@ -199,6 +200,7 @@ def _keep(ctx, inputs, output):
     _, *given, _, offsets, ctx.before, ctx.steps = inputs
     x, last, G, P = output
     ctx.save_for_backward(*given, offsets, x, G, P, last)
+    ctx.mark_non_differentiable(G, P)
     ctx.set_materialize_grads(False)
 
 
@@ -209,7 +211,7 @@ def _back(ctx, dx, d_last, *_):
     return *_backward(*saved, dx, d_last, ctx.before, ctx.steps), None, None, None
 
 
-_forward.register_autograd(_back, setup_context=_keep)
+_forward.register_autograd(_back, _keep)
 
 
 def solve(
