@@ -754,13 +754,13 @@ def scores(at: Layout, read: Tensor, written: Tensor, G: Tensor, before: bool, p
 
 class Pairs(NamedTuple):
     """What goes on inside chunks with a decay per channel: scores of reads and writes [tokens, H, C], and both decayed to their
-    chunk's borders, [tokens, H, K]. Empty tensors where that is not asked for, or where kernels see to it: one decay a head."""
+    chunk's borders, [tokens, H, K]. None where that is not asked for, or where kernels see to it: one decay a head."""
 
-    scores: Tensor
-    second: Tensor
-    near: Tensor
-    near2: Tensor
-    far: Tensor
+    scores: Tensor | None = None
+    second: Tensor | None = None
+    near: Tensor | None = None
+    near2: Tensor | None = None
+    far: Tensor | None = None
 
 
 def pairs(
@@ -768,35 +768,42 @@ def pairs(
 ) -> Pairs:
     """All pairs of one or two reads, the second before its token's update, with the writes; near: keep decayed reads."""
     if at.gate == HEAD.value:
-        return Pairs(*(at.empty(read, 0) for _ in Pairs._fields))
+        return Pairs()
     return _launch_scores(at, (read, second), written, G, at.gate, before, near, True)
+
+
+def _empty_pairs(at: Layout, read: Tensor, two: bool, near: bool, far: bool) -> Pairs:
+    """Buffers for the scores and rows of `Pairs`."""
+    rows = [at.empty(read, *read.shape) if wanted else None for wanted in (near, near and two, far)]
+    return Pairs(at.scores_like(read), at.scores_like(read) if two else None, *rows)
 
 
 def like_pairs(at: Layout, read: Tensor, two: bool = False, near: bool = True) -> Pairs:
     """Empty tensors of the shapes that `pairs` returns."""
-    none, channel = at.empty(read, 0), at.gate == CHANNEL.value
-    scores, rows = at.scores_like(read), at.empty(read, *read.shape)
-    wanted = (channel, channel and two, channel and near, channel and near and two, channel)
-    return Pairs(*(x if w else none for x, w in zip((scores, scores, rows, rows, rows), wanted, strict=True)))
+    return Pairs() if at.gate == HEAD.value else _empty_pairs(at, read, two, near, True)
 
 
 def _launch_scores(at, reads, written, G, gate, before, near=False, far=False) -> Pairs:
     read, second = reads
     two, K = second is not None, read.shape[-1]
-    scores = [at.scores_like(read) if wanted else at.empty(read, 0) for wanted in (True, two)]
-    decayed = [at.empty(read, *(read.shape if wanted else (0,))) for wanted in (near, near and two, far)]
+    out = _empty_pairs(at, read, two, near, far)
     name = ("plain scores", "head scores", "channel scores of two" if two else "channel scores")[gate]
     BK, _, launch = at.tile(name, K, K)
     _scores[at.slots, at.H](
-        read, second if two else read, written, *scores, *decayed, G, at.offsets, at.N, at.H, K, at.X,
+        read, second if two else read, written, *(out.scores if x is None else x for x in out), G, at.offsets, at.N, at.H, K, at.X,
         gate, before, two, near, far, LEVELS=LEVELS, BK=BK, BX=at.wide_gate(BK), **launch, **at.options,
     )  # fmt: skip
-    return Pairs(*scores, *decayed)
+    return out
 
 
-def either(kept: Tensor, given: Tensor) -> Tensor:
+def either(kept: Tensor | None, given: Tensor) -> Tensor:
     """What was kept of `Pairs`, or where kernels do without, the argument it is made of."""
-    return kept if kept.numel() else given
+    return given if kept is None else kept
+
+
+def kept(*pairs: Tensor | None) -> list[Tensor]:
+    """All of `Pairs` that there is, for the gradient; none with one decay a head."""
+    return [x for x in pairs if x is not None]
 
 
 def walk(
@@ -824,6 +831,11 @@ def walk(
         reverse, rank is not None, added is not None, gain is not None, before, BK=BK, BV=BV, BX=at.wide_gate(BK), **launch, **at.options,
     )  # fmt: skip
     return states, last, u
+
+
+def zeros(like: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """The adjoint [N, H, K, V] of last states that nobody used, as `strided` takes it: one matrix, shared by all."""
+    return like.new_zeros(shape[2:], dtype=dtype).expand(shape)
 
 
 def strided(*states: Tensor) -> tuple[Tensor | int, ...]:

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from unify.kernels.chunk import blocks, power
 from unify.kernels.operator import operator
 
 STATEFUL, STATELESS = 32, 8  # tokens of a block
@@ -67,7 +68,7 @@ class _Launch:
         self.batch, self.length, self.H, K, V = sizes
         self.size, self.N, tokens = {"j": K, "i": V}, len(offsets) - 1, self.batch * self.length
         self.R = STATEFUL if self.spec.states else STATELESS
-        self.slots = tokens // self.R + self.N if self.spec.states else triton.cdiv(tokens, self.R)
+        self.slots = tokens // self.R + self.N if self.spec.states else blocks(tokens, self.R)
         self.factor = dtype
         self.wide = torch.float64 if dtype == torch.float64 else torch.float32
         self.acc = tl.float64 if self.wide == torch.float64 else tl.float32
@@ -84,7 +85,7 @@ class _Launch:
         """Launch a kernel by name, if it was printed."""
         if name in self.pointers:
             pointers = (self.buffers[p] for p in self.pointers[name])
-            grid, (BK, BV) = (self.slots * self.H,), map(triton.next_power_of_2, self.size.values())
+            grid, (BK, BV) = (self.slots * self.H,), map(power, self.size.values())
             getattr(self.code, name)[grid](
                 *pointers, *self.tail, R=self.R, BK=BK, BV=BV, ACC=self.acc, num_warps=max(1, max(BK, BV) // 256)
             )
@@ -95,7 +96,7 @@ class _Launch:
         gain = self.buffers[f"{prefix}{x.name}_gain_ptr"]
         self.buffers[f"{prefix}{x.name}_{near}_ptr"], end = torch.empty_like(gain), torch.empty_like(edge)
         D = self.size[x.dims[0]] if x.dims else 1
-        _carry[self.N * self.H, triton.cdiv(D, CHANNELS)](
+        _carry[self.N * self.H, blocks(D, CHANNELS)](
             self.buffers[f"{x.name}_total_ptr"], gain, edge.contiguous(), self.buffers[f"{prefix}{x.name}_{near}_ptr"], end,
             self.offsets, self.H, D,
             PER_CHANNEL=x.decay == x.dims, REVERSE=back, R=self.R, BLOCKS=BLOCKS, CHANNELS=CHANNELS, ACC=self.acc,

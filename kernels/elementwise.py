@@ -34,7 +34,7 @@ from torch import Tensor
 
 from unify.kernels import elementwise_backward as backward
 from unify.kernels import elementwise_forward as forward
-from unify.kernels.chunk import strided
+from unify.kernels.chunk import blocks, power, strided
 from unify.kernels.operator import operator
 
 CHUNK = 128  # tokens between states in memory, forward
@@ -63,7 +63,7 @@ class Tile(NamedTuple):
 
     def fit(self, K: int, V: int) -> Tile:
         """The same threads with fewer elements each where the channels do not fill them."""
-        room = lambda n, lanes: triton.next_power_of_2(triton.cdiv(n, 4 * lanes))  # noqa: E731
+        room = lambda n, lanes: power(blocks(n, 4 * lanes))  # noqa: E731
         return Tile(min(self.KH, room(K, self.KL)), min(self.VR, room(V, self.VL)), self.KL, self.VL)
 
 
@@ -117,7 +117,7 @@ class _Launch:
         self.flags = self.new(*sizes[:2], dtype=torch.int32)
         forward.prepare[(self.slots, self.H)](
             self.q, self.k, self.spread, self.g, self.offsets, self.rows, self.f, self.c, self.flags, self.scale, self.N, self.H, self.K,
-            C=self.chunk, BLOCK=MARK, BK=triton.next_power_of_2(self.K), BACK=back, **self.given, **self.before, **self.gate, num_warps=4,
+            C=self.chunk, BLOCK=MARK, BK=power(self.K), BACK=back, **self.given, **self.before, **self.gate, num_warps=4,
         )  # fmt: skip
 
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -132,7 +132,7 @@ class _Launch:
     def tile(self, tile: Tile) -> tuple[dict, int, int]:
         """Options of a tile that fits, and the number of key and value blocks."""
         tile = tile.fit(self.K, self.V)
-        NK, NV = triton.cdiv(self.K, tile.BK), triton.cdiv(self.V, tile.BV)
+        NK, NV = blocks(self.K, tile.BK), blocks(self.V, tile.BV)
         options = {
             **tile._asdict(),
             "NK": NK,
@@ -145,7 +145,7 @@ class _Launch:
 
     def scan(self, X: tuple, total: Tensor, starts: tuple, lasts: tuple, h0: int, heads: int, back: bool) -> None:
         step, block = SCAN
-        grid = (triton.cdiv(self.K * self.V, block) * self.N, heads)
+        grid = (blocks(self.K * self.V, block) * self.N, heads)
         forward.scan[grid](
             *X, total, self.offsets, *strided(*starts), *lasts, h0, self.H, self.K, self.V,
             C=self.chunk, STEP=step, BLOCK=block, BACK=back, **self.gate, num_warps=1,
@@ -155,20 +155,18 @@ class _Launch:
         """States at the chunks' starts, [slots, heads, K, V], and the chunks' log decays."""
         M, I = (self.new(self.slots, heads, self.K, self.V) for _ in range(2))
         total = self.new(self.slots, heads, *self.g.shape[3:])
-        BK, BV = (
-            max(16, min(n, triton.next_power_of_2(x))) for n, x in zip(DEPOSITS[1:], (self.K, self.V), strict=True)
-        )
-        tiles = triton.cdiv(self.K, BK) * triton.cdiv(self.V, BV)
+        BK, BV = (max(16, min(n, power(x))) for n, x in zip(DEPOSITS[1:], (self.K, self.V), strict=True))
+        tiles = blocks(self.K, BK) * blocks(self.V, BV)
         writes = self.k, self.spread, self.v, self.b, self.g, self.offsets, M, I, total
         BT = min(2 * DEPOSITS[0] // self.q.element_size(), self.chunk)
-        blocks = {"C": self.chunk, "BT": BT, "BK": BK, "BV": BV, "num_warps": 4}
-        blocks |= {**self.products, **self.given, **self.gate}
+        options = {"C": self.chunk, "BT": BT, "BK": BK, "BV": BV, "num_warps": 4}
+        options |= {**self.products, **self.given, **self.gate}
         if self.N * heads * tiles >= WALK * self.chunk:
             forward.walk[(self.N * tiles, heads)](
-                *writes, *strided(self.M0, self.I0), M_T, I_T, h0, self.H, self.K, self.V, **blocks
+                *writes, *strided(self.M0, self.I0), M_T, I_T, h0, self.H, self.K, self.V, **options
             )  # fmt: skip
         else:
-            forward.deposits[(self.slots * tiles, heads)](*writes, self.N, h0, self.H, self.K, self.V, **blocks)
+            forward.deposits[(self.slots * tiles, heads)](*writes, self.N, h0, self.H, self.K, self.V, **options)
             self.scan((M, I), total, (self.M0, self.I0), (M_T, I_T), h0, heads, False)
         return M, I, total
 
@@ -177,7 +175,7 @@ class _Launch:
         heads, count, V = parts.shape[2:]
         forward.total[(self.tokens, heads)](
             parts, outs[0], outs[-1], len(parts), self.tokens, h0, self.H, V,
-            TWO=count == 2, BLOCK=triton.next_power_of_2(V), ACC=self.gate["ACC"], num_warps=1,
+            TWO=count == 2, BLOCK=power(V), ACC=self.gate["ACC"], num_warps=1,
         )  # fmt: skip
 
 

@@ -16,8 +16,9 @@ from unify.kernels.operator import operator
 @operator("linear")
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, s0: Tensor, offsets: Tensor, scale: float, before: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """o, s_T, and what the gradient needs: gates, states at chunks' starts, scores, q and k decayed to chunks' borders."""
+) -> list[Tensor]:
+    """o, s_T, and what the gradient needs: gates, states at chunks' starts; with a decay per channel also scores, q and k decayed to
+    chunks' borders."""
     q, k, v, g = (x.contiguous() for x in (q, k, v, g))
     at = chunk.layout(q, v, g, offsets)
     G = chunk.cumulate(at, g)
@@ -25,7 +26,7 @@ def _forward(
     S, last, _ = chunk.walk(at, G, s0, None, (chunk.either(far, k), v))
     o, met = torch.empty_like(v, dtype=q.dtype), (chunk.either(A, k), v)
     chunk.read(at, G, chunk.either(near, q), S, met, None, o, (scale, scale, 0.0), (before, before))
-    return o, last, G, S, A, near, far
+    return [o, last, G, S, *chunk.kept(A, near, far)]
 
 
 @_forward.register_fake
@@ -33,7 +34,7 @@ def _(q, k, v, g, s0, offsets, scale, before):
     at = chunk.layout(q, v, g, offsets)
     A, _, near, _, far = chunk.like_pairs(at, q)
     o, last = torch.empty_like(v, dtype=q.dtype), s0.new_empty(s0.shape)
-    return o, last, at.gates_like(q), at.states_like(q), *(torch.empty_like(x) for x in (A, near, far))
+    return [o, last, at.gates_like(q), at.states_like(q), *chunk.kept(A, near, far)]
 
 
 @operator("linear_backward")
@@ -41,8 +42,9 @@ def _backward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, offsets: Tensor, kept: list[Tensor], do: Tensor, d_last: Tensor, scale: float, before: bool,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of q, k, v, g and s0."""
-    q, k, v, g, do, d_last = (x.contiguous() for x in (q, k, v, g, do, d_last))
-    G, S, A, near, far = kept
+    q, k, v, g, do = (x.contiguous() for x in (q, k, v, g, do))
+    G, S, *pairs = kept
+    A, near, far = pairs or (None, None, None)
     at = chunk.layout(q, v, g, offsets)
     D, d_start, _ = chunk.walk(at, G, d_last, None, (chunk.either(near, q), do), scale, reverse=True, before=before)
     dv, met = torch.empty_like(v), (chunk.either(A, q), do)
@@ -53,20 +55,21 @@ def _backward(
 
 @_backward.register_fake
 def _(q, k, v, g, offsets, kept, do, d_last, scale, before):
-    return [torch.empty_like(x) for x in (q, k, v, g, d_last)]
+    return [x.new_empty(x.shape) for x in (q, k, v, g, d_last)]
 
 
 def _keep(ctx, inputs, output):
     *given, _, offsets, ctx.scale, ctx.before = inputs
-    ctx.save_for_backward(*given, offsets, *output[1:])
+    ctx.last = output[1].shape, output[1].dtype
+    ctx.save_for_backward(*given, offsets, *output[2:])
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
 
 
 def _back(ctx, do, d_last, *_):
-    q, k, v, g, offsets, last, *kept = ctx.saved_tensors
+    q, k, v, g, offsets, *kept = ctx.saved_tensors
     do = torch.zeros_like(v, dtype=q.dtype) if do is None else do
-    d_last = torch.zeros_like(last) if d_last is None else d_last
+    d_last = chunk.zeros(q, *ctx.last) if d_last is None else d_last
     return *_backward(q, k, v, g, offsets, kept, do, d_last, ctx.scale, ctx.before), None, None, None
 
 

@@ -107,9 +107,9 @@ def _inverse(at: chunk.Layout, A: Tensor) -> Tensor:
     return out
 
 
-def _scored(kept: Tensor, at: chunk.Layout, read: Tensor, written: Tensor, G: Tensor, before: bool) -> Tensor:
+def _scored(kept: Tensor | None, at: chunk.Layout, read: Tensor, written: Tensor, G: Tensor, before: bool) -> Tensor:
     """Scores that were kept of `chunk.Pairs`, or with one decay a head made where they are needed."""
-    return kept if kept.numel() else chunk.scores(at, read, written, G, before)
+    return chunk.scores(at, read, written, G, before) if kept is None else kept
 
 
 def _mixed(
@@ -131,7 +131,7 @@ def _mixed(
 @operator("rank_one")
 def _forward(
     q: Tensor, r: Tensor, w: Tensor, k: Tensor, v: Tensor, g: Tensor, s0: Tensor, offsets: Tensor, scale: float, before: bool, shared: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> list[Tensor]:  # fmt: skip
     """o, s_T, and what the gradient needs: gates, states at chunks' starts, T and u; then, with a decay per channel, scores of q
     with w and k and of r with k, decayed q, r, w and k."""
     q, r, w, k, v, g = (x.contiguous() for x in (q, r, w, k, v, g))
@@ -143,25 +143,24 @@ def _forward(
     written, met = chunk.either(w_far, w), chunk.either(qw, w)
     if shared:
         S, last, u = chunk.walk(at, G, s0, (x, _mixed(at, G, v, T), written), None)
-        pairs, (qk, rk, k_far) = ((met, u), None), (at.empty(q, 0) for _ in range(3))
+        pairs, (qk, rk, k_far) = ((met, u), None), (None, None, None)
     else:
         qk, rk, _, _, k_far = chunk.pairs(at, q, r, k, G, before, near=False)
         z = _mixed(at, G, v, T, _scored(rk, at, r, k, G, True), -1.0)
         S, last, u = chunk.walk(at, G, s0, (x, z, written), (chunk.either(k_far, k), v))
         pairs = (met, u), (chunk.either(qk, k), v)
     chunk.read(at, G, chunk.either(q_near, q), S, *pairs, o, (scale, scale, scale), (before, before))
-    return o, last, G, S, T, u, qw, qk, rk, q_near, r_near, w_far, k_far
+    return [o, last, G, S, T, u, *chunk.kept(qw, q_near, r_near, w_far, qk, rk, k_far)]
 
 
 @_forward.register_fake
 def _(q, r, w, k, v, g, s0, offsets, scale, before, shared):
     at = chunk.layout(q, v, g, offsets)
     qw, _, q_near, r_near, w_far = chunk.like_pairs(at, q, two=True)
-    none = at.empty(q, 0)
-    qk, rk, k_far = (none, none, none) if shared else (qw, qw, w_far)
-    kept = at.scores_like(q), at.empty(v, *v.shape), qw, qk, rk, q_near, r_near, w_far, k_far
+    qk, rk, _, _, k_far = chunk.Pairs() if shared else chunk.like_pairs(at, q, two=True, near=False)
     o, last = torch.empty_like(v, dtype=q.dtype), s0.new_empty(s0.shape)
-    return o, last, at.gates_like(q), at.states_like(q), *(torch.empty_like(x) for x in kept)
+    kept = at.gates_like(q), at.states_like(q), at.scores_like(q), at.empty(v, *v.shape)
+    return [o, last, *kept, *chunk.kept(qw, q_near, r_near, w_far, qk, rk, k_far)]
 
 
 @operator("rank_one_backward")
@@ -170,8 +169,9 @@ def _backward(
     scale: float, before: bool, shared: bool,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of q, r, w, v, g, s0 and, if it is not w, of k."""
-    q, r, w, k, v, g, do, d_last = (x.contiguous() for x in (q, r, w, k, v, g, do, d_last))
-    G, S, T, u, qw, qk, rk, q_near, r_near, w_far, k_far = kept
+    q, r, w, k, v, g, do = (x.contiguous() for x in (q, r, w, k, v, g, do))
+    G, S, T, u, *pairs = kept
+    qw, q_near, r_near, w_far, qk, rk, k_far = *pairs, *(None,) * (7 - len(pairs))
     at = chunk.layout(q, v, g, offsets)
     x = _mixed(at, G, chunk.either(w_far, w), T, decay=FAR, back=True)
     z = _mixed(at, G, do, T, _scored(qw, at, q, w, G, before), scale, back=True)
@@ -190,20 +190,21 @@ def _backward(
 @_backward.register_fake
 def _(q, r, w, k, v, g, offsets, kept, do, d_last, scale, before, shared):
     given = (q, r, w, v, g, d_last) if shared else (q, r, w, v, g, d_last, k)
-    return [torch.empty_like(x) for x in given]
+    return [x.new_empty(x.shape) for x in given]
 
 
 def _keep(ctx, inputs, output):
     *given, _, offsets, ctx.scale, ctx.before, ctx.shared = inputs
-    ctx.save_for_backward(*given, offsets, *output[1:])
+    ctx.last = output[1].shape, output[1].dtype
+    ctx.save_for_backward(*given, offsets, *output[2:])
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
 
 
 def _back(ctx, do, d_last, *_):
-    q, r, w, k, v, g, offsets, last, *kept = ctx.saved_tensors
+    q, r, w, k, v, g, offsets, *kept = ctx.saved_tensors
     do = torch.zeros_like(v, dtype=q.dtype) if do is None else do
-    d_last = torch.zeros_like(last) if d_last is None else d_last
+    d_last = chunk.zeros(q, *ctx.last) if d_last is None else d_last
     dq, dr, dw, dv, dg, d_start, *dk = _backward(
         q, r, w, k, v, g, offsets, kept, do, d_last, ctx.scale, ctx.before, ctx.shared
     )

@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
+from unify.kernels.chunk import power
 from unify.kernels.operator import operator
 
 EVERY = 64  # tokens between marks
@@ -20,9 +21,9 @@ REGISTRY: dict[str, tuple] = {}  # content key -> (imported module, printed Modu
 
 def blocks(K: int, V: int, square: bool) -> tuple[int, int]:
     """Block sizes (BK, BV): all key channels, and as many value channels as a tile holds."""
-    BK = triton.next_power_of_2(K)
+    BK = power(K)
     room = max(TILE // (BK * (2 if square else 1)), 1)
-    return BK, max(min(triton.next_power_of_2(V), room), 1)
+    return BK, max(min(power(V), room), 1)
 
 
 def _acc(q: Tensor):
@@ -59,7 +60,7 @@ class _Launch:
         self.q, self.H, self.K, self.V = q, q.shape[2], q.shape[3], v.shape[3]
         self.tokens, self.N = q.shape[0] * q.shape[1], len(offsets) - 1
         self.BK, self.BV = blocks(self.K, self.V, any(s.dims == ("j", "l") for s in self.spec.states))
-        self.blocks = triton.cdiv(self.V, self.BV)
+        self.blocks = -(-self.V // self.BV)
         self.rows = self.N * self.H
         self.grid = (self.blocks, self.rows)
         self.options = {

@@ -175,7 +175,7 @@ def _backward(
     before: bool, steps: int,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of q, k, gain, g, prior and p0."""
-    k, gain, g, prior, dx, d_last = (y.contiguous() for y in (k, gain, g, prior, dx, d_last))
+    k, gain, g, prior, dx = (y.contiguous() for y in (k, gain, g, prior, dx))
     at = chunk.layout(x, k, g, offsets)
     y = _solved(at, dx, (k, gain, prior), P, G, before, steps)
     D, d_start, _ = chunk.walk(at, G, d_last, None, (y, x), -1.0, reverse=True, before=before, keep=at.wide)
@@ -193,21 +193,22 @@ def _backward(
 
 @_backward.register_fake
 def _(k, gain, g, prior, offsets, x, G, P, dx, d_last, before, steps):
-    return [torch.empty_like(y) for y in (x, k, gain, g, prior, d_last)]
+    return [y.new_empty(y.shape) for y in (x, k, gain, g, prior, d_last)]
 
 
 def _keep(ctx, inputs, output):
     _, *given, _, offsets, ctx.before, ctx.steps = inputs
     x, last, G, P = output
-    ctx.save_for_backward(*given, offsets, x, G, P, last)
+    ctx.last = last.shape, last.dtype
+    ctx.save_for_backward(*given, offsets, x, G, P)
     ctx.mark_non_differentiable(G, P)
     ctx.set_materialize_grads(False)
 
 
 def _back(ctx, dx, d_last, *_):
-    *saved, last = ctx.saved_tensors
+    saved = ctx.saved_tensors
     dx = torch.zeros_like(saved[-3]) if dx is None else dx
-    d_last = torch.zeros_like(last) if d_last is None else d_last
+    d_last = chunk.zeros(dx, *ctx.last) if d_last is None else d_last
     return *_backward(*saved, dx, d_last, ctx.before, ctx.steps), None, None, None
 
 

@@ -6,7 +6,7 @@ import warnings
 from collections import namedtuple
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, no_type_check
 
@@ -208,10 +208,10 @@ class Op:
                 f"pass ({', '.join(f'{s.name} {s.shape}' for s in states)})",
             )
         out = []
-        for n, s in enumerate(states):
-            want = (count, sizes["H"], *(sizes[_size(d)] for d in s.dims))
+        for n, (s, dims, start) in enumerate(self._starts):
+            want = (count, sizes["H"], *(sizes[d] for d in dims))
             if given is None:
-                out.append(_start(s, inputs, sizes, dtype).expand(want))
+                out.append(_start(start, want[2:], inputs, dtype).expand(want))
                 continue
             x = given[n]
             if not torch.is_tensor(x) or tuple(x.shape) != want or not x.is_floating_point():
@@ -240,9 +240,10 @@ class Op:
 
     def _check(self, inputs: dict) -> dict:
         """Names, types and shapes; returns the sizes B, T, H, K, V."""
-        wanted = {x.name: x for x in self.recurrence.inputs}
+        wanted = self._wanted
         if inputs.keys() != wanted.keys():
-            self._refuse_names(inputs, wanted)
+            self._refuse_names(inputs, {name: x for name, (x, _) in wanted.items()})
+        device = getattr(inputs["q"], "device", None)
         for name, x in inputs.items():
             if not torch.is_tensor(x) or not x.is_floating_point():
                 found = str(x.dtype) if torch.is_tensor(x) else type(x).__name__
@@ -251,11 +252,9 @@ class Op:
                     f"{name} must be a floating-point tensor",
                     "pass float64, float32, bfloat16 or float16",
                 )
-            if x.device != inputs["q"].device:
-                raise UnifyError(
-                    f"{name} on {x.device}", f"q is on {inputs['q'].device}", "put all arguments on one device"
-                )
-        return self._sizes(inputs, wanted)
+            if x.device != device:
+                raise UnifyError(f"{name} on {x.device}", f"q is on {device}", "put all arguments on one device")
+        return self._sizes(inputs)
 
     def _refuse_names(self, inputs: dict, wanted: dict) -> None:
         takes = f"it takes {', '.join(f'{x.name} {x.shape}' for x in wanted.values())}"
@@ -266,31 +265,43 @@ class Op:
             if name not in inputs:
                 raise UnifyError(f"no argument {name!r}", f"this triple needs it ({self.brief})", takes)
 
-    def _sizes(self, inputs: dict, wanted: dict) -> dict:
+    @cached_property
+    def _wanted(self) -> dict:
+        """The arguments by name, each with the names of its channels' sizes."""
+        return {x.name: (x, tuple(map(_size, x.dims))) for x in self.recurrence.inputs}
+
+    @cached_property
+    def _starts(self) -> list:
+        """The states, each with the names of its channels' sizes, and the number or the code of what it starts from."""
+        from .lower.printer import code
+
+        first = [float(s.initial) if s.initial.is_number else code(s.initial, s.dims) for s in self.recurrence.states]
+        return [(s, tuple(map(_size, s.dims)), x) for s, x in zip(self.recurrence.states, first, strict=True)]
+
+    def _sizes(self, inputs: dict) -> dict:
         n = self.triple.architecture.repeats
         for name in ("q", "v"):
             if inputs[name].ndim != 4:
                 raise UnifyError(
                     f"{name} {list(inputs[name].shape)}",
-                    f"{name} is {wanted[name].shape}, sequence first",
+                    f"{name} is {self._wanted[name][0].shape}, sequence first",
                     "pass four dimensions",
                 )
         batch, length, heads, keys = inputs["q"].shape
         sizes = {"B": batch, "T": length, "H": heads, "K": keys, "V": inputs["v"].shape[-1]}
         if 0 in sizes.values():
             raise UnifyError(f"sizes {sizes}", "an axis is empty", "pass at least one of each")
+        lead = {"token": (batch, length, heads), "observation": (batch, n * length, heads), "static": (heads,)}
         for name, x in inputs.items():
-            lead = {"token": (batch, length, heads), "observation": (batch, n * length, heads), "static": (heads,)}[
-                wanted[name].per
-            ]
-            want = (*lead, *(sizes[_size(d)] for d in wanted[name].dims))
-            if tuple(x.shape) != want:
+            wanted, dims = self._wanted[name]
+            want = (*lead[wanted.per], *[sizes[d] for d in dims])
+            if x.shape != want:
                 differ = [at for at, (a, b) in enumerate(zip(x.shape, want, strict=False)) if a != b]
                 axis = f"axis {differ[0]}" if x.ndim == len(want) else "the number of axes"
                 raise UnifyError(
                     f"{name} {list(x.shape)}",
                     f"{axis} does not fit q {list(inputs['q'].shape)}",
-                    f"{name} is {wanted[name].shape} = {list(want)}",
+                    f"{name} is {wanted.shape} = {list(want)}",
                 )
         return sizes
 
@@ -398,14 +409,11 @@ def _size(d) -> str:
     return str(SIZE[d])
 
 
-def _start(state, inputs: dict, sizes: dict, dtype: torch.dtype):
-    """A state before the first token: 0, 1, or an argument of the prior's."""
-    if state.initial.is_number:
-        shape = [sizes[_size(d)] for d in state.dims]
-        return inputs["q"].new_full(shape, float(state.initial), dtype=dtype)
-    from .lower.printer import code
-
-    return eval(code(state.initial, state.dims), {"torch": torch, **inputs}).to(dtype)
+def _start(value: float | str, shape: tuple, inputs: dict, dtype: torch.dtype):
+    """A state before the first token: a number, or what the code makes of an argument of the prior's."""
+    if isinstance(value, float):
+        return inputs["q"].new_full(shape, value, dtype=dtype)
+    return eval(value, {"torch": torch, **inputs}).to(dtype)
 
 
 @lru_cache(maxsize=512)

@@ -111,8 +111,9 @@ class Kernels:
 
     def previous(self, start, states):
         """The state each token finds."""
-        shifted = torch.cat([states[:, :1], states[:, :-1]], 1)
-        return shifted.index_copy(1, self.offsets[:-1], start[None])
+        flat = states.flatten(0, 1)
+        shifted = torch.cat([flat[:1], flat[:-1]])
+        return shifted.index_copy(0, self.offsets[:-1], start).view_as(states)
 
 
 # plan families with kernels of their own; the rest run recurrently
@@ -151,13 +152,9 @@ def run(
     if _parallel(structure, plan, q) and tokens >= SHORT * (len(offsets) - 1):
         from . import parallel
 
-        per = {x.name: x.per for x in recurrence.inputs}
-        flat = {name: x if per[name] == "static" else x.flatten(0, 1)[None] for name, x in inputs.items()}
-        o, var, end = parallel.run(
-            recurrence, structure, plan, flat, state, scale, variance, Kernels(offsets, plan.micro)
-        )
-        unpack = lambda x: x.to(q.dtype).view(*q.shape[:2], *x.shape[2:])  # noqa: E731
-        return unpack(o), unpack(var) if variance else None, end
+        schedule = Kernels(offsets, plan.micro)
+        o, var, end = parallel.run(recurrence, structure, plan, inputs, state, scale, variance, schedule)
+        return o.to(q.dtype), var.to(q.dtype) if variance else None, end
     return recurrent(recurrence, inputs, state, offsets, scale, variance)
 
 

@@ -147,8 +147,9 @@ class Sequence:
         x = self.request.asked[name]
         if name in self.ready:
             found = self.ready[name]
-            found = found if found.ndim == 3 + len(x.dims) else found[..., None]
-            return found.expand(-1, -1, -1, *self.sizes(x.dims))
+            if found.ndim == 3 + len(x.dims):
+                return found
+            return found[..., None].expand(-1, -1, -1, *self.sizes(x.dims))
         if name in self.request.arguments:
             whole = self.inputs[self.request.arguments[name]]
             # kernels widen rows and gates as they load them
