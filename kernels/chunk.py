@@ -30,6 +30,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from unify.kernels.direct import direct
+
 C = 64  # tokens of a chunk
 FLOOR = tl.constexpr(-128.0)  # exp of it is nothing, and sums of it over a chunk stay small
 
@@ -195,6 +197,7 @@ def diagonal(A, C: tl.constexpr):
 # ---- kernels ---------------------------------------------------------------------------------------------------------
 
 
+@direct
 @triton.jit
 def _cumulate(g, G, offsets, N, L, C: tl.constexpr, BL: tl.constexpr):
     """G_t = sum of g from the chunk's first token to t; [tokens, L]."""
@@ -224,6 +227,7 @@ def _at_borders(
         store(writes, y * weight(left, ACC), start, end, h, H, K, k0, C, BK)
 
 
+@direct
 @triton.jit
 def _scores(
     read, second, written, A, A2, reads, reads2, writes, G, offsets, N, H, K, X,
@@ -301,6 +305,7 @@ def deposit(
         return c * dot(tl.trans(keys), values, DT, ACC)
 
 
+@direct
 @triton.jit
 def _walk(
     x, z, u, a, b, v, gain, G, s0, s0_n, s0_h, starts, last, offsets, c, H, K, V, X,
@@ -348,6 +353,7 @@ def _walk(
     tl.store(target, S, mask=inside)
 
 
+@direct
 @triton.jit
 def _deposits(
     b, v, gain, G, starts, offsets, c, N, H, K, V,
@@ -406,6 +412,7 @@ def _some(
     return weight(loss, ACC), tl.load(D + at, mask=live, other=0.0).to(ACC)
 
 
+@direct
 @triton.jit
 def _pass(
     D, G, s0, s0_n, s0_h, last, offsets, H, K, V, X,
@@ -437,6 +444,7 @@ def _pass(
     tl.store(last + ends, S, mask=e < K * V)
 
 
+@direct
 @triton.jit
 def _read(
     key, S, A1, x1, A2, x2, G, out, offsets, c0, c1, c2, N, H, K, V,
@@ -482,6 +490,7 @@ def _read(
     store(out, acc, start, end, h, H, V, v0, C, BV)
 
 
+@direct
 @triton.jit
 def outside(
     do, du, v, u, S, D, slot, k0, start, end, h, H, K, V,

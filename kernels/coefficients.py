@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from unify.kernels.chunk import blocks, power
+from unify.kernels.direct import direct
 from unify.kernels.operator import operator
 
 STATEFUL, STATELESS = 32, 8  # tokens of a block
@@ -28,6 +29,7 @@ def _join(g1, x1, e1, y1, g2, x2, e2, y2):
     return g1 + g2, tl.exp(g2) * x1 + x2, g1 + e2, tl.exp(e2) * x1 + y2
 
 
+@direct
 @triton.jit
 def _carry(
     total, gain, start, edges, end, offsets, H, D,

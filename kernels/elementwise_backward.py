@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from unify.kernels.chunk import locate
+from unify.kernels.direct import direct
 from unify.kernels.elementwise_forward import (
     AHEAD,
     fetch,
@@ -24,6 +25,7 @@ from unify.kernels.elementwise_forward import (
 )
 
 
+@direct
 @triton.jit(do_not_specialize=["N", "h0"])
 def adjoint(
     rows, k, v, b, f, c, flags, prior, bonus, d_o, d_var, M, I, offsets, CP, marks, N, h0,
@@ -126,6 +128,7 @@ def _careful(I, S, c, f, flags, p, t0, last, j, i, H, K, V, LIMIT: tl.constexpr,
     return (tl.load(flags + t0 * H) > 1) | (tl.max(tl.where((j < K) & (i < V), end - LIMIT * begin, 0.0)) > 0)
 
 
+@direct
 @triton.jit(do_not_specialize=["N", "h0", "tokens", "slots"])
 def gradient(
     rows, k, v, b, f, c, flags, prior, bonus, d_o, d_var, DMs, DIs, offsets, marks, by_key, by_value, ends, N, tokens, slots, h0,
@@ -260,6 +263,7 @@ def _grown(f, start, t, n, h, H, K, j, LATE: tl.constexpr, WIDE: tl.constexpr):
         return tl.load(f + (start + t - LATE) * H + h, mask=seen, other=1.0)[:, None]
 
 
+@direct
 @triton.jit(do_not_specialize=["N", "h0", "tokens", "slots"])
 def finish(
     q, k, spread, f, prior, bonus, offsets, by_key, ends,

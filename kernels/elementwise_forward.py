@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from unify.kernels.chunk import locate
+from unify.kernels.direct import direct
 
 RESET = tl.constexpr(-2.0)  # a log decay below this starts a new segment
 NONE = tl.constexpr(-1000.0)  # exp of it is 0 in every type
@@ -153,6 +154,7 @@ def _since(starts, x, WIDE: tl.constexpr):
     return tl.associative_scan((starts, tl.where(starts != 0, 0.0, x)), 0, _segment)[1]
 
 
+@direct
 @triton.jit(do_not_specialize=["N"])
 def prepare(
     q, k, spread, g, offsets, rows, f, c, flags, scale, N, H: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
@@ -267,6 +269,7 @@ def _add(
     return _write(M * kept, x * keep, y, DT, PRECISION, ACC), _write(I * kept, s * keep, z, DT, PRECISION, ACC), loss
 
 
+@direct
 @triton.jit(do_not_specialize=["N", "h0"])
 def deposits(
     k, spread, v, b, g, offsets, M, I, total, N, h0, H: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
@@ -295,6 +298,7 @@ def deposits(
     tl.store(I + out, to_I, mask=inside)
 
 
+@direct
 @triton.jit(do_not_specialize=["h0"])
 def walk(
     k, spread, v, b, g, offsets, M, I, total, start_M, start_I, row, sheet, last_M, last_I, h0,
@@ -343,6 +347,7 @@ def _chunks(X, Y, total, slot, rows, n, heads, head, e, K, V, WIDE: tl.constexpr
     return tl.exp(loss), tl.load(X + at, mask=live, other=0.0), tl.load(Y + at, mask=live, other=0.0)
 
 
+@direct
 @triton.jit(do_not_specialize=["h0"])
 def scan(
     X, Y, total, offsets, start_x, start_y, row, sheet, last_x, last_y, h0, H, K, V,
@@ -402,6 +407,7 @@ def load_write(rows, v, b, j, i, K, V, KFULL: tl.constexpr, VFULL: tl.constexpr,
     return kt, st, load_row(v, i, V, VFULL).to(ACC), load_row(b, i, V, VFULL).to(ACC)
 
 
+@direct
 @triton.jit(do_not_specialize=["N", "h0", "tokens"])
 def read(
     rows, k, v, b, f, c, flags, prior, bonus, M, I, offsets, o, N, tokens, h0,
@@ -460,6 +466,7 @@ def read(
             put(o + t * heads * (SUMS * V), i, over_keys(qt * (A * R)), V)
 
 
+@direct
 @triton.jit(do_not_specialize=["h0", "blocks", "tokens"])
 def total(
     parts,

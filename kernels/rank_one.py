@@ -21,9 +21,11 @@ from torch import Tensor
 
 from unify.kernels import chunk
 from unify.kernels.chunk import dot, far, load, locate, near, store
+from unify.kernels.direct import direct
 from unify.kernels.operator import operator
 
 
+@direct
 @triton.jit
 def _invert(A, inverse, offsets, N, H, C: tl.constexpr, ACC: tl.constexpr):
     """(1 + A)^-1 of strictly lower triangular scores, [tokens, H, C], C = 64.
@@ -74,6 +76,7 @@ def _invert(A, inverse, offsets, N, H, C: tl.constexpr, ACC: tl.constexpr):
 NONE, NEAR, FAR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
+@direct
 @triton.jit
 def _mix(
     A, second, x, G, out, offsets, c, N, H, X,

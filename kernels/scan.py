@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from unify.kernels.direct import direct
 from unify.kernels.operator import operator
 
 TOKENS, CHANNELS = 64, 32
@@ -21,6 +22,7 @@ def _join(g1, x1, g2, x2):
     return g1 + g2, tl.exp(g2) * x1 + x2
 
 
+@direct
 @triton.jit
 def _forward(
     g_ptr,
@@ -64,6 +66,7 @@ def _decay(g_ptr, t, h, d, H, D, live, per_channel: tl.constexpr):
     return g
 
 
+@direct
 @triton.jit
 def _backward(
     g_ptr,

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from unify.kernels import chunk
 from unify.kernels.chunk import dot, load, locate, matrix_at, split_dot, store, weight
+from unify.kernels.direct import direct
 from unify.kernels.operator import operator
 
 STEPS = 256  # the worst system tried (condition number 1.6e5) took 105 steps in bfloat16, 188 in float32
@@ -40,6 +41,7 @@ def fits(q: Tensor) -> bool:
     return chunk.power(q.shape[-1]) * max(q.element_size(), 4) <= WIDEST
 
 
+@direct
 @triton.jit
 def _solve(
     q, k, gain, prior, P, G, out, offsets, steps, N, H, K,
@@ -100,6 +102,7 @@ def _solve(
     store(out, size * x, first, end, h, H, K, 0, R, BK)
 
 
+@direct
 @triton.jit
 def _finish(
     k, gain, x, y, d_written, dk, d_gain, d_prior, offsets, N, H, K,

@@ -323,7 +323,7 @@ class _Kernel:
         text = "\n".join(f"    {x}" for x in body)
         pointers = ", ".join(self.pointers(text))
         sizes = f"{' ' * (5 + len(self.name))}R: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, ACC: tl.constexpr):"
-        return f"@triton.jit\ndef {self.name}({pointers}, offsets, scale, N, T, H, K, V,\n{sizes}\n{text}"
+        return f"@direct\n@triton.jit\ndef {self.name}({pointers}, offsets, scale, N, T, H, K, V,\n{sizes}\n{text}"
 
     def pointers(self, text: str) -> tuple[str, ...]:
         """Pointers in the order in which a text mentions them."""
@@ -396,6 +396,7 @@ import triton
 import triton.language as tl
 
 from unify.kernels.chunk import locate
+from unify.kernels.direct import direct
 from unify.kernels.tile import expm1, power, sign, square'''
 
 

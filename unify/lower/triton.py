@@ -219,6 +219,7 @@ _HEAD = '''"""Printed by unify from a recurrence; do not edit.
 import triton
 import triton.language as tl
 
+from unify.kernels.direct import direct
 from unify.kernels.tile import expm1, power, sign, solve, square'''
 
 
@@ -383,6 +384,7 @@ def _forward_kernel(recurrence: Recurrence, inputs: tuple, states: tuple) -> str
     call = ", ".join([*(x.name for x in inputs), *(s.name for s in states)])
     got = ", ".join(f"{s.name}" for s in states)
     lines = [
+        "@direct",
         "@triton.jit",
         f"def forward({', '.join(args)}, o_ptr, variance_ptr, offsets, mark_offsets, scale, H, K, V, every,",
         "            BK: tl.constexpr, BV: tl.constexpr, ACC: tl.constexpr, VARIANCE: tl.constexpr, MARKS: tl.constexpr):",
@@ -417,6 +419,7 @@ def _backward_kernel(recurrence: Recurrence, inputs: tuple, states: tuple, grade
     zero = lambda x: f"tl.zeros({block_shape(x.dims) if x.dims else '[1]'}, ACC)"  # noqa: E731
     start = lambda s: "row" if "i" in s.dims else "block * rows + row"  # noqa: E731
     lines = [
+        "@direct",
         "@triton.jit",
         f"def backward({', '.join(args)}, d_o_ptr, d_variance_ptr, offsets, mark_offsets, scale, H, K, V, tokens, rows,",
         "             every, BK: tl.constexpr, BV: tl.constexpr, ACC: tl.constexpr, VARIANCE: tl.constexpr):",
