@@ -23,6 +23,7 @@ look at the offsets from the host, and is found again by bisection; slots that n
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -702,10 +703,6 @@ class Layout(NamedTuple):
         return self.work == torch.bfloat16
 
     @property
-    def options(self) -> dict:
-        return {"C": C, "DT": TYPES[self.work], "ACC": TYPES[self.wide]}
-
-    @property
     def gate(self) -> int:
         return HEAD.value if self.X == 1 else CHANNEL.value
 
@@ -714,12 +711,8 @@ class Layout(NamedTuple):
         return 1 if self.X == 1 else block
 
     def tile(self, name: str, K: int, V: int) -> tuple[int, int, dict]:
-        """Blocks of K and V channels, powers of two that a matrix product takes, and launch options; float32 gets less."""
-        BK, BV, warps, stages = TILES[name]
-        if not self.half:
-            BK, BV, warps, stages = BK // 2, BV // 2, 8, 1
-        BK, BV = (max(16, min(power(n), most)) for n, most in ((K, BK or power(K)), (V, BV)))
-        return BK, BV, {"num_warps": warps, "num_stages": stages}
+        """Blocks of K and V channels, powers of two that a matrix product takes, and the launch's options; float32 gets less."""
+        return _tile(name, K, V, self.work, self.wide)
 
     def gates_like(self, like: Tensor) -> Tensor:
         """A buffer for cumulative gates; in double precision where the inputs deserve it."""
@@ -735,6 +728,15 @@ class Layout(NamedTuple):
 
     def empty(self, like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return like.new_empty(shape, dtype=dtype or self.work)
+
+
+@cache
+def _tile(name: str, K: int, V: int, work: torch.dtype, wide: torch.dtype) -> tuple[int, int, dict]:
+    BK, BV, warps, stages = TILES[name]
+    if work != torch.bfloat16:
+        BK, BV, warps, stages = BK // 2, BV // 2, 8, 1
+    BK, BV = (max(16, min(power(n), most)) for n, most in ((K, BK or power(K)), (V, BV)))
+    return BK, BV, {"C": C, "DT": TYPES[work], "ACC": TYPES[wide], "num_warps": warps, "num_stages": stages}
 
 
 def layout(q: Tensor, v: Tensor, g: Tensor, offsets: Tensor) -> Layout:
@@ -800,7 +802,7 @@ def _launch_scores(at, reads, written, G, gate, before, near=False, far=False) -
     BK, _, launch = at.tile(name, K, K)
     _scores[at.slots, at.H](
         read, second if two else read, written, *(out.scores if x is None else x for x in out), G, at.offsets, at.N, at.H, K, at.X,
-        gate, before, two, near, far, LEVELS=LEVELS, BK=BK, BX=at.wide_gate(BK), **launch, **at.options,
+        gate, before, two, near, far, LEVELS=LEVELS, BK=BK, BX=at.wide_gate(BK), **launch,
     )  # fmt: skip
     return out
 
@@ -837,7 +839,7 @@ def walk(
     BK, BV, launch = at.tile(name, at.K, at.V)
     _walk[at.N * at.H * blocks(at.K, BK) * blocks(at.V, BV),](
         x, z, u if rank else G, a, b, v, G if gain is None else gain, G, *strided(s0), states, last, at.offsets, c, at.H, at.K, at.V, at.X,
-        reverse, rank is not None, added is not None, gain is not None, before, BK=BK, BV=BV, BX=at.wide_gate(BK), **launch, **at.options,
+        reverse, rank is not None, added is not None, gain is not None, before, BK=BK, BV=BV, BX=at.wide_gate(BK), **launch,
     )  # fmt: skip
     return states, last, u
 
@@ -850,10 +852,11 @@ def zeros(like: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
 def strided(*states: Tensor) -> tuple[Tensor | int, ...]:
     """States [N, H, K, V] of the same strides, their matrices without gaps, then their first two strides: what all sequences or
     heads share stays shared."""
-    whole = {x.stride() for x in states}
-    if len(whole) > 1 or states[0].stride()[2:] != (states[0].shape[3], 1):
+    strides = states[0].stride()
+    if strides[2:] != (states[0].shape[3], 1) or any(x.stride() != strides for x in states[1:]):
         states = tuple(x.contiguous() for x in states)
-    return *states, *states[0].stride()[:2]
+        strides = states[0].stride()
+    return *states, *strides[:2]
 
 
 def _passed(at, G, s0, b, v, c, reverse, before, gain, keep) -> tuple[Tensor, Tensor]:
@@ -862,7 +865,7 @@ def _passed(at, G, s0, b, v, c, reverse, before, gain, keep) -> tuple[Tensor, Te
     BK, BV, launch = at.tile("deposits", at.K, at.V)
     _deposits[at.slots * blocks(at.K, BK) * blocks(at.V, BV), at.H](
         b, v, G if gain is None else gain, G, states, at.offsets, c, at.N, at.H, at.K, at.V,
-        reverse, gain is not None, before, BK=BK, BV=BV, BX=at.wide_gate(BK), **launch, **at.options,
+        reverse, gain is not None, before, BK=BK, BV=BV, BX=at.wide_gate(BK), **launch,
     )  # fmt: skip
     step, block = PASS
     _pass[at.N * at.H * blocks(at.K * at.V, block),](
@@ -880,7 +883,7 @@ def read(
     BK, BV, launch = at.tile("read", at.K, at.V)
     _read[at.slots * blocks(at.V, BV), at.H](
         key, S, *first, *(second or first), G, out, at.offsets, *factors, at.N, at.H, at.K, at.V,
-        at.gate, back, second is not None, *before, S.dtype != at.work, BK=BK, BV=BV, **launch, **at.options,
+        at.gate, back, second is not None, *before, S.dtype != at.work, BK=BK, BV=BV, **launch,
     )  # fmt: skip
     return out
 
@@ -901,6 +904,6 @@ def grads(
         q, r, k, w, do, du, v, u, pairs[0][0], pairs[0][-1], pairs[-1][0], pairs[-1][-1], S, D, G,
         d_reads[0], d_reads[-1], d_writes[0], d_writes[-1], dg, at.offsets, c, at.N, at.H, at.K, at.V, at.X, at.tokens,
         len(reads), len(writes), at.gate, before, S.dtype != at.work,
-        LEVELS=LEVELS, BK=BK, BV=BV, BX=at.wide_gate(BK), **launch, **at.options,
+        LEVELS=LEVELS, BK=BK, BV=BV, BX=at.wide_gate(BK), **launch,
     )  # fmt: skip
     return d_reads, d_writes, (dg.sum(0) if shares > 1 else dg).view(g.shape).to(g.dtype)

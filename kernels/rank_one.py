@@ -126,7 +126,7 @@ def _mixed(
     decay = decay.value if at.gate == chunk.HEAD.value else NONE.value
     _mix[at.slots * chunk.blocks(X, BX), at.H](
         A, A if second is None else second, x, G, out, at.offsets, c, at.N, at.H, X, decay, back, second is not None,
-        BX=BX, **launch, **at.options,
+        BX=BX, **launch,
     )  # fmt: skip
     return out
 

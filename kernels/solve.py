@@ -148,7 +148,7 @@ def _solved(
     BK, R, launch = at.tile("solve" if at.half else "solve exact", at.K, chunk.C)
     _solve[at.slots * chunk.blocks(chunk.C, R), at.H](
         b, *system, P, G, out, at.offsets, steps, at.N, at.H, at.K,
-        before, _token(system[-1]), at.work != at.wide, TOLERANCE[at.work], R=R, BK=BK, **launch, **at.options,
+        before, _token(system[-1]), at.work != at.wide, TOLERANCE[at.work], R=R, BK=BK, **launch,
     )  # fmt: skip
     return out
 
