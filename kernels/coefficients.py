@@ -9,6 +9,8 @@ starts. Sums have a fixed order: results repeat bit for bit.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 import triton
 import triton.language as tl
@@ -79,6 +81,12 @@ class _Launch:
         self.tail = (offsets, scale, self.N, tokens, self.H, K, V)
         self.pointers = dict(self.spec.kernels)
 
+    @cached_property
+    def options(self) -> dict:
+        """Constants of the printed kernels and launch options; not for a graph, where sizes may be symbols."""
+        BK, BV = map(power, self.size.values())
+        return {"R": self.R, "BK": BK, "BV": BV, "ACC": self.acc, "num_warps": max(1, max(BK, BV) // 256)}
+
     def new(self, dims: tuple, *lead: int, dtype: torch.dtype | None = None) -> Tensor:
         """An empty buffer [*lead, channels]."""
         return self.like.new_empty([*lead, *(self.size[d] for d in dims)], dtype=dtype or self.wide)
@@ -86,11 +94,8 @@ class _Launch:
     def run(self, name: str) -> None:
         """Launch a kernel by name, if it was printed."""
         if name in self.pointers:
-            pointers = (self.buffers[p] for p in self.pointers[name])
-            grid, (BK, BV) = (self.slots * self.H,), map(power, self.size.values())
-            getattr(self.code, name)[grid](
-                *pointers, *self.tail, R=self.R, BK=BK, BV=BV, ACC=self.acc, num_warps=max(1, max(BK, BV) // 256)
-            )
+            pointers = [self.buffers[p] for p in self.pointers[name]]
+            getattr(self.code, name)[self.slots * self.H,](*pointers, *self.tail, **self.options)
 
     def carry(self, x, edge: Tensor, back: bool) -> Tensor:
         """Scan a small state over blocks, or the adjoint of one back: it is next to every block then; returns the end."""

@@ -11,7 +11,6 @@ import torch
 import triton
 from torch import Tensor
 
-from unify.kernels.chunk import power
 from unify.kernels.operator import operator
 
 EVERY = 64  # tokens between marks
@@ -21,9 +20,9 @@ REGISTRY: dict[str, tuple] = {}  # content key -> (imported module, printed Modu
 
 def blocks(K: int, V: int, square: bool) -> tuple[int, int]:
     """Block sizes (BK, BV): all key channels, and as many value channels as a tile holds."""
-    BK = power(K)
+    BK = triton.next_power_of_2(K)
     room = max(TILE // (BK * (2 if square else 1)), 1)
-    return BK, max(min(power(V), room), 1)
+    return BK, max(min(triton.next_power_of_2(V), room), 1)
 
 
 def _acc(q: Tensor):
