@@ -136,7 +136,7 @@ def effect(op: Op, carried: tuple[Carry, ...], inputs: dict[str, Tensor]) -> tup
     Both in at least float32.
     """
     inputs = {name: x.to(_wide(op, inputs["q"])) for name, x in inputs.items()}
-    request = parallel.Request(op.recurrence, op.structure, {}, {}, False, None)
+    request = parallel.Request(op.recurrence, op.structure, {}, {}, False, None, None)
     seq = parallel.Sequence(request, inputs, (None,) * len(carried), 1.0, parallel.Chunked())
     total = [_total(seq, x) for x in carried]
     if all(x.writes is not None for x in carried):

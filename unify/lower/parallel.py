@@ -44,7 +44,7 @@ class Request:
     """What the equations alone say about a run; one object for each plan, so that it is cheap to look up.
 
     asked: coefficients by name. arguments: a coefficient that is nothing but an argument -> that argument. scaled: whether
-    the query still lacks the scale. shift: the prior mean that a mean state is carried without, or None.
+    the query still lacks the scale. shift: the prior mean that a mean state is carried without, or None. prior: its precision.
     """
 
     recurrence: Recurrence
@@ -53,6 +53,7 @@ class Request:
     arguments: dict[str, str]
     scaled: bool
     shift: sp.Expr | None
+    prior: sp.Expr | None
 
 
 class Chunked:
@@ -279,7 +280,8 @@ def request(recurrence: Recurrence, structure: Structure, family: str, variance:
     shares = _shares(recurrence)
     arguments = {x.name: shares[x.exprs, x.dims] for x in out if (x.exprs, x.dims) in shares}
     asked = {x.name: x for x in out}
-    return Request(recurrence, structure, asked, arguments, scaled, None if shift == 0 else shift)
+    prior = prior_precision(recurrence.triple)
+    return Request(recurrence, structure, asked, arguments, scaled, None if shift == 0 else shift, prior)
 
 
 def _input_part(structure: Structure, recurrence: Recurrence) -> sp.Expr:
@@ -394,10 +396,10 @@ def _for_elementwise(recurrence: Recurrence, s: Structure) -> list[Coefficient]:
 
 
 def _elementwise(seq: Sequence, variance: bool):
-    s, m, t = seq.structure, _Micro(seq), seq.recurrence.triple
+    s, m = seq.structure, _Micro(seq)
     (precision,) = s.autonomous
     key, value, b, g = map(seq.lay, ("key", "value", "b", "g"))
-    prior, start, held = seq.value(prior_precision(t), (j, i)), seq.state[s.mean], seq.state[precision.name]
+    prior, start, held = seq.value(seq.request.prior, (j, i)), seq.state[s.mean], seq.state[precision.name]
     shared = j not in precision.dims  # by the key channels, and then scanned already
     o, var, last, excess = seq.schedule.elementwise(
         m.repeat(seq.raw["q"]), key, value, b, g, prior, start, held[..., None, :].expand_as(start) if shared else held,
@@ -421,7 +423,7 @@ def _for_solve(recurrence: Recurrence, s: Structure) -> list[Coefficient]:
 def _solve(seq: Sequence, variance: bool):
     s, m, t = seq.structure, _Micro(seq), seq.recurrence.triple
     (precision,) = s.autonomous
-    prior = seq.value(prior_precision(t), (j,)) if t.prior.adaptive is None else None
+    prior = seq.value(seq.request.prior, (j,)) if t.prior.adaptive is None else None
     if prior is not None:
         prior = prior.expand(seq.shape[2], seq.shape[3])
     o, var, last, excess = seq.schedule.solve(
