@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import torch
 from torch import _C
-from torch.autograd.function import once_differentiable
 
 LIBRARY = torch.library.Library("unify", "FRAGMENT")
 
@@ -22,6 +21,8 @@ class Operator:
         LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()), tags=(_C.Tag.pt2_compliant_tag,))
         LIBRARY.impl(name, torch.compiler.disable(function), "CompositeExplicitAutograd")
         self.name, self.overload = name, getattr(torch.ops.unify, name).default
+        self.keep, self.back = lambda *_: None, self._refuse
+        LIBRARY.impl(name, self._autograd(), "Autograd", with_keyset=True)
 
     def __call__(self, *arguments):
         return self.overload(*arguments)
@@ -32,8 +33,15 @@ class Operator:
 
     def register_autograd(self, back: Callable, keep: Callable) -> None:
         """keep(ctx, arguments, results): what to save, and which results have no gradient. back(ctx, *gradients of the results):
-        gradients of the arguments, lists laid out."""
-        overload = self.overload
+        gradients of the arguments, lists laid out. Without them a gradient through the operator is an error."""
+        self.back, self.keep = back, keep
+
+    def _refuse(self, *_):
+        raise RuntimeError(f"unify::{self.name} has no gradient: ours can be taken once, not of a gradient again")
+
+    def _autograd(self) -> Callable:
+        """What runs ahead of the function where a gradient may be wanted."""
+        overload, operator = self.overload, self
         lists = [n for n, x in enumerate(overload._schema.arguments) if str(x.type) == "List[Tensor]"]
 
         class Gradient(torch.autograd.Function):
@@ -43,13 +51,12 @@ class Operator:
             def forward(ctx, keyset, arguments, *laid_out):
                 with _C._AutoDispatchBelowAutograd():
                     results = overload.redispatch(keyset & _C._after_autograd_keyset, *arguments)
-                keep(ctx, arguments, results)
+                operator.keep(ctx, arguments, results)
                 return tuple(results)
 
             @staticmethod
-            @once_differentiable
             def backward(ctx, *gradients):
-                return None, None, *back(ctx, *gradients)
+                return None, None, *operator.back(ctx, *gradients)
 
         def call(keyset, *arguments):
             if _C.is_grad_enabled() and _C._any_requires_grad(*arguments):
@@ -60,7 +67,7 @@ class Operator:
             with _C._AutoDispatchBelowAutograd():
                 return overload.redispatch(keyset & _C._after_autograd_keyset, *arguments)
 
-        LIBRARY.impl(self.name, call, "Autograd", with_keyset=True)
+        return call
 
 
 def operator(name: str) -> Callable[[Callable], Operator]:

@@ -338,6 +338,16 @@ def test_operators_are_registered_soundly(which):
     torch.library.opcheck(op.default, arguments)
 
 
+@pytest.mark.parametrize("name", ["mamba2", "gated_deltanet", "palimpsa", "mesanet", "kla"])
+def test_a_gradient_of_a_gradient_is_refused(name):
+    """Without an error it would lack, silently, all that goes through the operators."""
+    op, x, _ = case(name, "triton", 40)
+    leaves = {n: y.requires_grad_() for n, y in x.items()}
+    slopes = torch.autograd.grad(op(**leaves).sum(), list(leaves.values()), create_graph=True)
+    with pytest.raises(RuntimeError, match="has no gradient"):
+        torch.autograd.grad(sum(y.sum() for y in slopes), list(leaves.values()), allow_unused=True)
+
+
 def test_no_operator_is_left_out():
     named = {op.default.name() for _, op, _ in library_cases()}
     known = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("unify::")}
