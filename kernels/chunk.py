@@ -491,7 +491,6 @@ def _read(
     store(out, acc, start, end, h, H, V, v0, C, BV)
 
 
-@direct
 @triton.jit
 def outside(
     do, du, v, u, S, D, slot, k0, start, end, h, H, K, V,
@@ -520,6 +519,7 @@ def outside(
     return d_q, d_r, d_k, d_w, both
 
 
+@direct
 @triton.jit
 def _grads(
     q, r, k, w, do, du, v, u, qk, qw, rk, rw, S, D, G, dq, dr, dk, dw, dg, offsets, c, N, H, K, V, X, tokens,
