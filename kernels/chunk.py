@@ -168,24 +168,47 @@ def facing(level, C: tl.constexpr):
 
 
 @triton.jit
-def meet(both, read, written, d_read, d_write, net, decay, second, faces, c, DT: tl.constexpr, ACC: tl.constexpr):
+def meet(
+    both, read, written, d_read, d_write, slope, decay, level, c,
+    LATE: tl.constexpr, EXACT: tl.constexpr, C: tl.constexpr, DT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """Gradients of the reads and writes of a level: a token is one or the other there, so one product gives both.
 
-    both: the scores' gradient plus its transpose; decay: from each token to the border. net: read . d read - write . d write,
-    of rows as they are multiplied, so that what its sums hold twice cancels however coarse they are.
+    both: the scores' gradient plus its transpose; decay: from each token to the border. slope: the sum of read . d read -
+    write . d write, of rows as they are multiplied, so that what its sums hold twice cancels however coarse they are; EXACT: the
+    gate's gradient itself, from the reads of a block of m tokens that it decays (LATE: only tokens after it), or the writes.
     """
+    second, faces = facing(level, C)
     rows = (tl.where(second, read, written) * decay).to(DT)
     flow = c * dot(tl.where(faces, both, 0.0), rows, DT, ACC)
-    net += tl.where(second, flow, -flow) * rows.to(ACC)
+    if EXACT:
+        i = tl.arange(0, C)
+        u, x = i[:, None], i[None, :]
+        seen = tl.where(second, x >= u + LATE, x < u) & ((u >> level) == (x >> level))
+        slope += dot(tl.where(seen, 1.0, 0.0), flow * rows, DT, ACC)
+    else:
+        slope += tl.where(second, flow, -flow) * rows.to(ACC)
     flow *= decay
-    return d_read + tl.where(second, flow, 0.0), d_write + tl.where(second, 0.0, flow), net
+    return d_read + tl.where(second, flow, 0.0), d_write + tl.where(second, 0.0, flow), slope
 
 
 @triton.jit
-def pair(dA, read, written, d_read, d_write, inside, c, DT: tl.constexpr, ACC: tl.constexpr):
-    """Gradients of reads and writes from that of their decayed scores, c dA; inside: the sum of write . d write, [C]."""
+def pair(
+    dA, read, written, d_read, d_write, slope, c,
+    LATE: tl.constexpr, EXACT: tl.constexpr, C: tl.constexpr, DT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Gradients of reads and writes from that of their decayed scores, c dA. slope: the sum of -write . d write, [C]; EXACT: the
+    gate's gradient itself, from the pairs that it decays, reads at it or later (LATE: only later) of writes before it."""
     to_write = c * dot(tl.trans(dA), read, DT, ACC)
-    return d_read + c * dot(dA, written, DT, ACC), d_write + to_write, inside + tl.sum(written * to_write, 1)
+    if EXACT:
+        i = tl.arange(0, C)
+        reads = dot(
+            tl.where(i[None, :] >= i[:, None] + LATE, 1.0, 0.0), c * dA * dot(read, tl.trans(written), DT, ACC), DT, ACC
+        )
+        slope += tl.sum(tl.where(i[None, :] < i[:, None], reads, 0.0), 1)
+    else:
+        slope -= tl.sum(written * to_write, 1)
+    return d_read + c * dot(dA, written, DT, ACC), d_write + to_write, slope
 
 
 @triton.jit
@@ -531,10 +554,9 @@ def _grads(
     Reads: q with cotangent c do, and r (before its token's update) with cotangent -du. Writes: k with v, and w with u.
     qk ... rw [tokens, H, C] hold the products do v^T ... du u^T. S is the state at the chunk's start and D the adjoint
     at its end. A gate decays what is read later of what was written earlier: dg_t is sum_v S D decayed over the chunk, the reads of
-    S from t on, the writes before t that D sees, and, inside the chunk, the sum from t on of `net`, read . d read - write . d write,
-    less `late`, what is read at t ahead of its gate. What a token reads of its own write cancels in it, but behind strong gates it is
-    larger than all that does not: it is left out, with one decay a head only where operands are as precise as sums (APART), for want
-    of registers. SPLIT: see `split_dot`.
+    S from t on, the writes before t that D sees, and the pairs inside the chunk with a read from t on and a write before it. EXACT
+    (operands as precise as sums) adds up just these; otherwise they are the sum from t on of read . d read - write . d write, less
+    `late`, what is read at t ahead of its gate: fewer products, in which what no gate decays cancels. SPLIT: see `split_dot`.
     """
     blocks = tl.cdiv(K, BK)
     slot, k0, h = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BK, tl.program_id(1)
@@ -542,7 +564,7 @@ def _grads(
     if start >= end:
         return
     x0 = k0 if BX > 1 else 0
-    APART: tl.constexpr = GATE == HEAD and not BEFORE and DT == ACC
+    EXACT: tl.constexpr = DT == ACC
     d_q, d_r, d_k, d_w, tail = outside(
         do, du, v, u, S, D, slot, k0, start, end, h, H, K, V, READS, WRITES, SPLIT, C, BK, BV, DT, ACC
     )
@@ -554,10 +576,12 @@ def _grads(
     to_end = weight(total[None, :] - after, ACC)
     d_q *= c * weight(seen, ACC)
     d_k *= to_end
-    passed = k_ * d_k
+    reads, passed = q_ * d_q, k_ * d_k
+    late = reads if BEFORE else tl.zeros([C, BK], ACC)
     if READS == 2:
         r_ = load(r, start, end, h, H, K, k0, C, BK).to(ACC)
         d_r *= -weight(before, ACC)
+        reads, late = reads + r_ * d_r, late + r_ * d_r
     if WRITES == 2:
         w_ = load(w, start, end, h, H, K, k0, C, BK).to(ACC)
         d_w *= to_end
@@ -571,26 +595,25 @@ def _grads(
         d_qw = load(qw, start, end, h, H, C, 0, C, C).to(ACC)
         d_rw = load(rw, start, end, h, H, C, 0, C, C).to(ACC)
     if GATE == HEAD:
-        passed, inside = tl.sum(passed, 1), tl.zeros([C], ACC)
+        passed, slope = tl.sum(passed, 1), tl.zeros([C], ACC)
+        if EXACT:
+            reads = tl.sum(reads, 1)
+            slope = tl.sum(tail, 0) + tl.sum(reads, 0) - tl.cumsum(reads - passed, 0) + reads - passed - tl.sum(late, 1)
         decay = weight(seen - tl.trans(after), ACC)
-        if APART:
-            own = c * diagonal(d_qk, C)
-            if WRITES == 2:
-                own_w = c * diagonal(d_qw, C)
-            decay = tl.where(causal(C, True), decay, 0.0)
-        d_q, d_k, inside = pair(d_qk * decay, q_, k_, d_q, d_k, inside, c, DT, ACC)
+        d_q, d_k, slope = pair(d_qk * decay, q_, k_, d_q, d_k, slope, c, BEFORE, EXACT, C, DT, ACC)
         if WRITES == 2:
-            d_q, d_w, inside = pair(d_qw * decay, q_, w_, d_q, d_w, inside, c, DT, ACC)
+            d_q, d_w, slope = pair(d_qw * decay, q_, w_, d_q, d_w, slope, c, BEFORE, EXACT, C, DT, ACC)
         if READS == 2:
             decay = weight(before - tl.trans(after), ACC)
-            d_r, d_k, inside = pair(d_rk * decay, r_, k_, d_r, d_k, inside, -1.0, DT, ACC)
+            d_r, d_k, slope = pair(d_rk * decay, r_, k_, d_r, d_k, slope, -1.0, True, EXACT, C, DT, ACC)
             if WRITES == 2:
-                d_r, d_w, inside = pair(d_rw * decay, r_, w_, d_r, d_w, inside, -1.0, DT, ACC)
+                d_r, d_w, slope = pair(d_rw * decay, r_, w_, d_r, d_w, slope, -1.0, True, EXACT, C, DT, ACC)
     else:
-        net = q_ * d_q - passed
-        if READS == 2:
-            net += r_ * d_r
-        tail += tl.sum(passed, 0)
+        slope = reads - passed
+        if EXACT:
+            slope = (tail + tl.sum(reads, 0))[None, :] - tl.cumsum(slope, 0) + slope - late
+        else:
+            tail += tl.sum(passed, 0)
         if not BEFORE:
             own = c * diagonal(d_qk, C)
             d_q, d_k = d_q + own * k_, d_k + own * q_
@@ -606,32 +629,29 @@ def _grads(
         ahead = border(G, 0, start, end, h, H, X, x0, C, BX)
         for level in range(LEVELS):
             middle, ahead = ahead, border(G, level + 1, start, end, h, H, X, x0, C, BX)  # under way early
-            second, faces = facing(level, C)
+            second, _ = facing(level, C)
             decay = weight(tl.where(second, seen - middle, middle - after), ACC)
-            d_q, d_k, net = meet(d_qk, q_, k_, d_q, d_k, net, decay, second, faces, c, DT, ACC)
+            d_q, d_k, slope = meet(d_qk, q_, k_, d_q, d_k, slope, decay, level, c, BEFORE, EXACT, C, DT, ACC)
             if WRITES == 2:
-                d_q, d_w, net = meet(d_qw, q_, w_, d_q, d_w, net, decay, second, faces, c, DT, ACC)
+                d_q, d_w, slope = meet(d_qw, q_, w_, d_q, d_w, slope, decay, level, c, BEFORE, EXACT, C, DT, ACC)
             if READS == 2:
                 decay = weight(tl.where(second, before - middle, middle - after), ACC)
-                d_r, d_k, net = meet(d_rk, r_, k_, d_r, d_k, net, decay, second, faces, -1.0, DT, ACC)
+                d_r, d_k, slope = meet(d_rk, r_, k_, d_r, d_k, slope, decay, level, -1.0, True, EXACT, C, DT, ACC)
                 if WRITES == 2:
-                    d_r, d_w, net = meet(d_rw, r_, w_, d_r, d_w, net, decay, second, faces, -1.0, DT, ACC)
-
-    late = q_ * d_q if BEFORE else tl.zeros([C, BK], ACC)
-    if READS == 2:
-        late += r_ * d_r
+                    d_r, d_w, slope = meet(d_rw, r_, w_, d_r, d_w, slope, decay, level, -1.0, True, EXACT, C, DT, ACC)
+    if not EXACT:
+        late = q_ * d_q if BEFORE else tl.zeros([C, BK], ACC)
+        late = late + r_ * d_r if READS == 2 else late
     if GATE == HEAD:
-        net = tl.sum(late if BEFORE else late + q_ * d_q, 1) - inside
-        d_g = tl.sum(tail, 0) + tl.sum(net, 0) - tl.cumsum(net - passed, 0) + net - passed - tl.sum(late, 1)
+        if not EXACT:
+            slope += tl.sum(late if BEFORE else late + q_ * d_q, 1)
+            slope = tl.sum(tail, 0) + tl.sum(slope, 0) - tl.cumsum(slope - passed, 0) + slope - passed - tl.sum(late, 1)
         share = dg + (k0 // BK).to(tl.int64) * tokens * H  # of this block of channels; they are added up later
-        store(share, d_g[:, None], start, end, h, H, 1, 0, C, 1)
+        store(share, slope[:, None], start, end, h, H, 1, 0, C, 1)
     else:
-        d_g = (tail + tl.sum(net, 0))[None, :] - tl.cumsum(net, 0) + net - late
-        store(dg, d_g, start, end, h, H, X, x0, C, BX)
-    if APART:
-        d_q, d_k = d_q + own * k_, d_k + own * q_
-        if WRITES == 2:
-            d_q, d_w = d_q + own_w * w_, d_w + own_w * q_
+        if not EXACT:
+            slope = (tail + tl.sum(slope, 0))[None, :] - tl.cumsum(slope, 0) + slope - late
+        store(dg, slope, start, end, h, H, X, x0, C, BX)
     store(dq, d_q, start, end, h, H, K, k0, C, BK)
     store(dk, d_k, start, end, h, H, K, k0, C, BK)
     if READS == 2:

@@ -46,7 +46,8 @@ def dense(q, k, gain, g, prior, p0, offsets, before=False):
 
 
 def case(offsets, B, H, K, dtype, token=False, kind="mixed", seed=0):
-    """q, k, gain, g, prior and p0 in `dtype` (gain, prior and p0 no narrower than float32); a gain is 0 now and then."""
+    """q, k, gain, g, prior and p0 in `dtype` (gain, prior and p0 no narrower than float32); a gain is 0 now and then. In float16
+    they are what bfloat16 holds too: kernels multiply either half precision as bfloat16."""
     make = torch.Generator().manual_seed(seed)
     T, N, wide = offsets[-1] // B, len(offsets) - 1, torch.promote_types(dtype, torch.float32)
     randn = lambda *s: torch.randn(s, generator=make, dtype=torch.float64)  # noqa: E731
@@ -54,7 +55,8 @@ def case(offsets, B, H, K, dtype, token=False, kind="mixed", seed=0):
     prior = torch.rand(*((B, T, H, 1) if token else (H, K)), generator=make, dtype=torch.float64) + 0.1
     root = randn(N, H, K, K)
     k = torch.nn.functional.normalize(randn(B, T, H, K), dim=-1) * 2
-    narrow = [x.to(dtype) for x in (randn(B, T, H, K), k, gates(torch.Size((B, T, H)), make, kind))]
+    half = torch.bfloat16 if dtype == torch.float16 else dtype
+    narrow = [x.to(half).to(dtype) for x in (randn(B, T, H, K), k, gates(torch.Size((B, T, H)), make, kind))]
     p0 = (root @ root.mT / K).to(wide)
     return [*narrow[:2], gain.to(wide), narrow[2], prior.to(wide), (p0 + p0.mT) / 2]
 

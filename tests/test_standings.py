@@ -72,10 +72,19 @@ def test_palimpsa_has_figures_of_its_own_at_one_size(figures):
 
 def test_palimpsa_key_is_held_against_our_mamba2():
     record = made_up()
-    change(record, f"table/palimpsa_key/{BIG}/forward", ms=1.25)
+    change(record, f"table/palimpsa_key/{BIG}/forward", graph_ms=1.12, ms=9.0)  # a busy host slows calls alone
     assert verdicts(record, "palimpsa_key")[0] == "met"
-    change(record, f"table/palimpsa_key/{BIG}/forward", ms=1.26)
+    change(record, f"table/palimpsa_key/{BIG}/forward", graph_ms=1.13, ms=1.0)
     assert verdicts(record, "palimpsa_key") == ["missed", "met", "met"]
+
+
+def test_calls_are_compared_where_one_side_has_no_graph():
+    record = made_up()
+    del record["results"][f"table/mamba2/{BIG}/forward"]["graph_ms"]
+    change(record, f"table/palimpsa_key/{BIG}/forward", graph_ms=9.0, ms=1.25)
+    assert verdicts(record, "palimpsa_key")[0] == "met"
+    change(record, f"table/palimpsa_key/{BIG}/forward", graph_ms=0.1, ms=1.26)
+    assert verdicts(record, "palimpsa_key")[0] == "missed"
 
 
 def test_the_rest_is_held_against_its_counterpart():
@@ -83,7 +92,7 @@ def test_the_rest_is_held_against_its_counterpart():
     assert {v for name in "mamba2 gla gated_deltanet kda meta_gdn mesanet".split() for v in verdicts(record, name)} == {
         "met"
     }
-    change(record, f"table/chunk_kda/{BIG}/both", ms=2.9)
+    change(record, f"table/chunk_kda/{BIG}/both", graph_ms=2.6)
     assert verdicts(record, "kda")[0] == verdicts(record, "meta_gdn")[0] == "missed"
     record["results"][f"table/chunk_kda/{BIG}/both"] = {"failed": "not measured: no answer within 3 s", "run": 0}
     assert verdicts(record, "kda")[0] == "not measured"
