@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("triton")
 
 import unify.device
-from unify.device import REAL, TINY, Case, checks, compare, draw, errors, usable
+from unify.device import CONDITION, REAL, TINY, Case, checks, compare, draw, errors, run, shake, usable
 from unify.errors import UnifyError
 from unify.lower import launch
 from unify.lower import triton as printer
@@ -108,6 +108,29 @@ def test_nan_and_small_gradients():
     assert errors({"o": exact["o"], "d g": torch.full((4,), 1e-7)}, nothing)["d g"] == pytest.approx(1e-7)
     with pytest.raises(AssertionError, match="o is off by inf"):
         compare({"o": exact["o"] * torch.nan, "d g": exact["d g"]}, exact, 1e-2, "a case")
+
+
+def shaken(name, case, dtype=torch.bfloat16):
+    op = compile(get(name).triple, "reference")
+    x, state, offsets = draw(op, case, CPU, dtype, 1)
+    exact = run(op, {n: y.double() for n, y in x.items()}, tuple(y.double() for y in state), offsets, 1)
+    return shake(op, x, state, offsets, 1, exact)
+
+
+def test_only_what_is_ill_conditioned_may_be_further_off():
+    """A gradient summed over all tokens of weak gates cancels; a gate a token, and everything else, is measured as it is."""
+    found = shaken("retnet", REAL[1])
+    assert 5e-3 < found.pop("d g") < 2e-2
+    assert CONDITION * max(found.values()) < 1e-2
+    assert CONDITION * max(shaken("mamba2", TINY[1]).values()) < 1.5e-2
+    assert max(shaken("retnet", TINY[1], torch.float32).values()) == 0
+    exact = {"o": torch.ones(4), "d g": torch.ones(4)}
+    off = {"o": exact["o"], "d g": 1.03 * exact["d g"]}
+    assert compare(off, exact, 1e-2, "a case", lambda: {"d g": 1e-2}) == pytest.approx(7.5e-3)
+    for other in ({"d g": 7e-3}, {"o": 1.0}, {}):
+        with pytest.raises(AssertionError, match="d g is off by"):
+            compare(off, exact, 1e-2, "a case", lambda other=other: other)
+    assert compare(exact, exact, 1e-2, "a case", None) == 0  # nothing is shaken where nothing is off
 
 
 def test_cases_cover_odd_sizes_strong_and_weak_gates_and_sequences_of_one_token():

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from itertools import pairwise
 
 import torch
@@ -21,6 +22,10 @@ from .testing import random_inputs, random_state
 
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 1e-2}
 """The largest relative error that is rounding."""
+
+CONDITION = 4.0
+"""A result in bfloat16 may be off by so many times what half a last place of its arguments does to it, where that is more: the
+gradient of a decay that all tokens share is a sum over them that may cancel (RetNet's by 25 times in one of the cases)."""
 
 FLOOR = 1e-6
 """What is smaller than this share of the largest result, such as a gradient behind a closed gate, counts as this large."""
@@ -166,13 +171,33 @@ def errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, floa
     return {name: gap / max(sizes[name], least) if gap else 0.0 for name, gap in gaps.items()}
 
 
-def compare(found: dict[str, Tensor], exact: dict[str, Tensor], allowed: float, what: str) -> float:
-    """The worst error. Raises AssertionError that says whose it is, if it is more than allowed."""
+def compare(
+    found: dict[str, Tensor], exact: dict[str, Tensor], allowed: float, what: str, shaken: Callable = dict
+) -> float:
+    """The worst error. Raises AssertionError that says whose it is, if it is more than allowed.
+
+    shaken: asked where one is: errors by name that rounding of the arguments makes. A result counts as its share of `CONDITION`
+    times that, where that is more than allowed.
+    """
     every = errors(found, exact)
+    if not max(every.values()) <= allowed:
+        every = {name: error / max(1.0, CONDITION * shaken().get(name, 0.0) / allowed) for name, error in every.items()}
     worst = max(every, key=every.get)
     if not every[worst] <= allowed:
         raise AssertionError(f"{worst} is off by {every[worst]:.1e}, allowed {allowed:.0e} ({what})")
     return every[worst]
+
+
+def shake(
+    loop: Op, x: dict[str, Tensor], state: tuple, offsets: Tensor, seed: int, exact: dict[str, Tensor]
+) -> dict[str, float]:
+    """Errors by name of the float64 loop when bfloat16 arguments move by up to half a last place; wider ones stay."""
+    rng = torch.Generator().manual_seed(seed)
+    moved = {}
+    for name, y in x.items():
+        share = (torch.rand(y.shape, generator=rng, dtype=torch.float64) - 0.5).to(y.device)
+        moved[name] = y.double() * (1 + 2**-8 * share) if y.dtype == torch.bfloat16 else y.double()
+    return errors(run(loop, moved, tuple(y.double() for y in state), offsets, seed), exact)
 
 
 def _exact(loop: Op, kernels: Op, device, seed: int, cases: tuple[Case, ...], dtype) -> tuple[float, str]:
@@ -180,7 +205,8 @@ def _exact(loop: Op, kernels: Op, device, seed: int, cases: tuple[Case, ...], dt
     for case in cases:
         x, state, offsets = draw(loop, case, device, dtype, seed)
         exact = run(loop, {n: y.double() for n, y in x.items()}, tuple(y.double() for y in state), offsets, seed)
-        worst.append(compare(run(kernels, x, state, offsets, seed), exact, ROUNDING[dtype], str(case)))
+        moved = cache(partial(shake, loop, x, state, offsets, seed, exact))
+        worst.append(compare(run(kernels, x, state, offsets, seed), exact, ROUNDING[dtype], str(case), moved))
     return max(worst), f"{len(cases)} cases of packed sequences, {cases[0]}"
 
 
