@@ -69,7 +69,9 @@ def cases():
         yield (x, x, n, m, 0.5, 3), {}
     for c in (0.5, 1.0, 2.0, 1, 16, 3):
         yield (x, x, 2, 2, c, 3), {}
-    for constant, options in product((3, 4, 0.5), ({}, {"B": 32}, {"num_warps": 2}, {"num_warps": 2, "B": 32})):
+    for constant, options in product(
+        (3, 3.0, 4, 0.5, 1, True), ({}, {"B": 32}, {"num_warps": 2}, {"num_warps": 2, "B": 32})
+    ):
         yield (x, x, 2, 2, 0.5, constant), options
         yield (x, x, 2, 2, 0.5), {"A": constant, **options}
 
