@@ -15,11 +15,13 @@ from unify.derivations import map_nodes_and_edges
 from unify.models.zoo import ZOO
 
 selenium = pytest.importorskip("selenium")
+from selenium.common.exceptions import TimeoutException, WebDriverException  # noqa: E402
 from selenium.webdriver import ActionChains, Chrome, ChromeOptions  # noqa: E402
 from selenium.webdriver.chrome.service import Service  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.support.select import Select  # noqa: E402
+from selenium.webdriver.support.wait import WebDriverWait  # noqa: E402
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 WIDE, PHONE = 1280, 360
@@ -73,10 +75,14 @@ class Browser:
         for key in keys:
             ActionChains(self.driver).send_keys(key).perform()
 
-    @property
-    def place(self) -> str:
-        """Where it is: the last folder and the file."""
-        return "/".join(urlparse(self.driver.current_url).path.split("/")[-2:])
+    def comes_to(self, end: str, seconds: float = 10) -> bool:
+        """Whether it soon shows a loaded page whose address ends so: what starts a navigation does not wait for it."""
+        script = "return document.readyState === 'complete' && document.URL.endsWith(arguments[0])"
+        wait = WebDriverWait(self.driver, seconds, 0.05, [WebDriverException])  # a script that the old page takes along
+        try:
+            return wait.until(lambda _: self.run(script, end))
+        except TimeoutException:
+            return False
 
     @property
     def focus(self) -> str:
@@ -172,6 +178,14 @@ def test_a_faulty_page_is_seen(browser, tmp_path, body, check, fault):
     assert any(fault in x for x in found), found
 
 
+def test_a_page_that_comes_late_is_awaited_and_one_that_never_comes_is_not_there(browser, tmp_path):
+    (tmp_path / "late.html").write_text(FAULTY.format("late"))
+    (tmp_path / "page.html").write_text(FAULTY.format("<script>setTimeout(() => location = 'late.html', 500)</script>"))
+    assert not browser.open(tmp_path, "page.html").comes_to("late.html", 0.1)
+    assert browser.comes_to("late.html")
+    assert not browser.comes_to("page.html", 0.3)
+
+
 def test_every_page_loads_in_silence_and_fits_a_phone(browser, site):  # noqa: F811
     pages = sorted(str(x.relative_to(site)) for x in site.rglob("*.html"))
     faults = []
@@ -198,7 +212,7 @@ def test_axe_finds_nothing_on_a_phone(browser, site, kind):  # noqa: F811
 
 def test_a_click_on_a_model_opens_it(browser, site):  # noqa: F811
     browser.open(site, "index.html").one('.node[data-model="palimpsa"]').click()
-    assert browser.place == "models/palimpsa.html"
+    assert browser.comes_to("models/palimpsa.html")
     assert browser.one("h1").text == "Palimpsa"
     assert browser.run("return document.querySelector('math').getBoundingClientRect().height > 10")
     assert "tl.exp" in browser.one("pre").text
@@ -213,19 +227,20 @@ def test_a_click_on_an_edge_opens_it(browser, site):  # noqa: F811
         edge,
     )
     ActionChains(browser.driver).move_by_offset(*map(round, middle)).click().perform()
-    assert browser.place == edge_page("meta_gla", "meta_hgrn2")
+    assert browser.comes_to(edge_page("meta_gla", "meta_hgrn2"))
     assert browser.one("h1").text == "meta-GLA → meta-HGRN2"
 
 
 def test_pages_link_to_each_other(browser, site):  # noqa: F811
     browser.open(site, "models/palimpsa.html")
     browser.one('a[href$="palimpsa--mamba2.html"]').click()
+    assert browser.comes_to("palimpsa--mamba2.html")
     assert len(browser.all(".plot circle")) == 21  # three limits at seven eps
     browser.one('main a[href*="compare"]').click()
-    assert browser.place.endswith("compare.html")
+    assert browser.comes_to("compare.html?a=palimpsa&b=mamba2")
     assert browser.run("return document.title") == "Palimpsa and Mamba-2 · unify atlas"
     browser.one("#result thead a").click()
-    assert browser.place == "models/palimpsa.html"
+    assert browser.comes_to("models/palimpsa.html")
 
 
 # ---- search and filters ----------------------------------------------------------------------------------------------
@@ -268,7 +283,7 @@ def test_search_finds_models_and_edges(browser, site):  # noqa: F811
     browser.press("/", *"forgetting dominates")
     assert browser.shown("#edges tr[data-parent]", "parent") == {"palimpsa"}
     browser.open(site, "models/gla.html").one("#search").send_keys("rodimus" + Keys.ENTER)
-    assert browser.place.endswith("index.html")
+    assert browser.comes_to("index.html?q=rodimus")
     assert browser.shown(ROWS, "model") == {"rodimus"}
 
 
@@ -299,7 +314,7 @@ def test_the_map_is_walked_by_keyboard(browser, site):  # noqa: F811
     browser.press(Keys.ESCAPE)
     assert browser.focus == "palimpsa"
     browser.press("n", Keys.ENTER)
-    assert browser.place == edge_page(*first.split())
+    assert browser.comes_to(edge_page(*first.split()))
 
 
 def test_tab_reaches_the_content_and_focus_is_seen(browser, site):  # noqa: F811
@@ -337,7 +352,7 @@ def test_nothing_moves_where_motion_is_not_wanted(browser, site):  # noqa: F811
 
 def test_the_site_reads_without_scripts(browser, site):  # noqa: F811
     browser.open(site, "index.html", scripts=False).one('.node[data-model="gla"]').click()
-    assert browser.place == "models/gla.html"
+    assert browser.comes_to("models/gla.html")
     assert not browser.open(site, "index.html", scripts=False).one("#filters").is_displayed()
     assert browser.open(site, "compare.html", scripts=False).one("noscript a").is_displayed()
 
@@ -399,5 +414,6 @@ def test_a_choice_changes_the_comparison(browser, site):  # noqa: F811
     browser.open(site, "compare.html?a=nobody&b=kda")
     assert browser.run("return document.title").startswith("Mamba-2 and KDA")  # a name that is none is the default
     Select(browser.one("select[name=a]")).select_by_value("gated_deltanet")
+    assert browser.comes_to("?a=gated_deltanet&b=kda")
     assert browser.run("return document.title").startswith("Gated DeltaNet and KDA")
     assert compared(browser)["Architecture / forgetting"][0]
