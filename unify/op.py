@@ -127,32 +127,42 @@ class Op:
     def _run(self, inputs, variance, traced=False, *, scale=None, initial_state=None, cu_seqlens=None) -> tuple:
         """Check and run: (o, the variance if wanted, *final states). traced: for a graph, where nothing has a value."""
         sizes = self._check(inputs)
-        scale, device = self._scale(scale, sizes), inputs["q"].device.type
-        if not traced and (self.checked or (self.checked is None and device == "cpu")):
+        scale, q = self._scale(scale, sizes), inputs["q"]
+        if not traced and (self.checked or (self.checked is None and q.device.type == "cpu")):
             self._check_values(inputs)
-        offsets = None if cu_seqlens is None else self._offsets(cu_seqlens, sizes, inputs["q"], traced)
-        run = self._triton if self._chosen(inputs["q"]) == "triton" else self._torch
-        with uncast(device):
-            o, var, final = run(inputs, sizes, initial_state, offsets, variance, scale)
+        on_triton = self._chosen(q) == "triton"
+        offsets = None if cu_seqlens is None else self._offsets(cu_seqlens, sizes, q, on_triton, traced)
+        double = q.dtype == torch.float64 or self._chosen(q) == "reference"
+        count = sizes["B"] if offsets is None else len(offsets) - 1
+        with uncast(q.device.type):
+            state = self._initial(initial_state, inputs, count, sizes, torch.float64 if double else torch.float32)
+            run = self._triton if on_triton else self._in_graph if traced else self.schedules
+            o, var, final = run(inputs, state, offsets, variance, scale)
         return (o, var, *final) if variance else (o, *final)
 
-    def _triton(self, inputs: dict, sizes: dict, initial: Any, offsets: Any, variance: bool, scale: float):
+    def _triton(self, inputs: dict, state: tuple, offsets: Any, variance: bool, scale: float):
         """Printed kernels take packed sequences and half precision as they are; states are at least float32."""
         from .lower.launch import run
 
-        q = inputs["q"]
-        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         if offsets is None:
-            offsets = torch.arange(0, sizes["B"] * sizes["T"] + 1, sizes["T"], device=q.device)
-        state = self._initial(initial, inputs, len(offsets) - 1, sizes, wide)
+            batch, length, device = *inputs["q"].shape[:2], inputs["q"].device
+            offsets = torch.arange(0, batch * length + 1, length, device=device)
         return run(self.recurrence, self.structure, self.plan, inputs, state, offsets, scale, variance)
 
-    def _torch(self, inputs: dict, sizes: dict, initial: Any, offsets: Any, variance: bool, scale: float):
-        """The chunk-parallel form or, without one and for a single token, the token loop, in at least float32."""
+    def _in_graph(self, inputs: dict, state: tuple, offsets: Any, variance: bool, scale: float):
+        """`schedules` as one node of a graph."""
+        from .lower.graph import run
+
+        return run(self, inputs, state, offsets, variance, scale)
+
+    def schedules(self, inputs: dict, state: tuple, offsets: Any, variance: bool, scale: float):
+        """The chunk-parallel form or, without one and for a single token, the token loop, in the states' type.
+
+        inputs: the arguments; state: one tensor [N, H, ...] each; offsets: of N packed sequences, or None for N = B.
+        Returns o and the variance (or None) in q's dtype, and the final states.
+        """
         dtype = inputs["q"].dtype
-        wide = torch.float64 if self.backend == "reference" or dtype == torch.float64 else torch.float32
-        inputs = {name: x.to(wide) for name, x in inputs.items()}
-        state = self._initial(initial, inputs, sizes["B"] if offsets is None else len(offsets) - 1, sizes, wide)
+        inputs = {name: x.to(state[0].dtype) for name, x in inputs.items()}
         if offsets is None:
             o, var, final = self._schedule(inputs, state, scale, variance)
         else:
@@ -329,9 +339,8 @@ class Op:
             if name in POSITIVE and (x <= 0).any():
                 raise UnifyError(f"{name} down to {x.min().item():g}", f"{name} divides", f"pass {name} > 0")
 
-    def _offsets(self, cu_seqlens: Any, sizes: dict, q: Any, traced: bool):
+    def _offsets(self, cu_seqlens: Any, sizes: dict, q: Any, on_triton: bool, traced: bool):
         """The caller's offsets, checked, as int64 beside q; their values only where a look costs nothing or is needed."""
-        works = f"pass an int64 tensor [0, ..., {sizes['T']}], strictly increasing"
         if (
             not torch.is_tensor(cu_seqlens)
             or cu_seqlens.ndim != 1
@@ -339,7 +348,9 @@ class Op:
             or len(cu_seqlens) < 2
         ):
             raise UnifyError(
-                f"cu_seqlens={cu_seqlens!r}", "offsets of packed sequences are a vector of integers", works
+                f"cu_seqlens={cu_seqlens!r}",
+                "offsets of packed sequences are a vector of integers",
+                f"pass an int64 tensor [0, ..., {sizes['T']}], strictly increasing",
             )
         if sizes["B"] != 1:
             raise UnifyError(
@@ -347,21 +358,8 @@ class Op:
                 "packed sequences lie one after the other in one batch row",
                 "flatten to B = 1",
             )
-        on_host = self._chosen(q) != "triton"
-        if on_host and traced:
-            raise UnifyError(
-                "cu_seqlens under torch.compile",
-                f"backend {self.backend!r} cuts the sequences apart by values a graph does not have",
-                "use backend='triton', or call it outside the compiled region",
-            )
-        if on_host or (q.device.type == "cpu" and not traced):
-            offsets = cu_seqlens.tolist()
-            if offsets[0] != 0 or offsets[-1] != sizes["T"] or any(b <= a for a, b in pairwise(offsets)):
-                raise UnifyError(
-                    f"cu_seqlens={offsets if len(offsets) < 9 else '...'}",
-                    f"the offsets do not cut T = {sizes['T']} into sequences",
-                    works,
-                )
+        if not traced and (not on_triton or q.device.type == "cpu"):
+            check_offsets(cu_seqlens.tolist(), sizes["T"])
         return cu_seqlens.to(device=q.device, dtype=torch.int64)
 
     @property
@@ -369,6 +367,16 @@ class Op:
         """The triple in one line, for messages."""
         p, a = self.triple.posterior, self.triple.architecture
         return f"forgetting {a.forgetting}, value {a.value}, curvature {p.curvature}, anchor {p.anchor}"
+
+
+def check_offsets(offsets: list[int], length: int) -> None:
+    """Whether offsets cut `length` tokens into sequences of at least one. Raises UnifyError where they do not."""
+    if offsets[0] != 0 or offsets[-1] != length or any(b <= a for a, b in pairwise(offsets)):
+        raise UnifyError(
+            f"cu_seqlens={offsets if len(offsets) < 9 else '...'}",
+            f"the offsets do not cut T = {length} into sequences",
+            f"pass an int64 tensor [0, ..., {length}], strictly increasing",
+        )
 
 
 class _Constant:
