@@ -10,7 +10,7 @@ changes nothing).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -28,20 +28,6 @@ Memory, Square = Float[Tensor, "B H K V"], Float[Tensor, "B H K K"]
 # ---- layout ----------------------------------------------------------------------------------------------------------
 
 
-def join(xs: Sequence[Tensor], dim: int) -> Tensor:
-    """`torch.cat`, dim >= 0, safe under torch.compile; like `pad`, it stands in for torch's own here and in `parallel`.
-
-    Inductor computes what is joined or padded right inside the result's memory, later writes another result over it, and
-    gives the memory away while that one is still read (kernels/NOTES.md, torch.compile). A view it copies instead.
-    """
-    return torch.cat([x[None] for x in xs], dim + 1)[0]
-
-
-def pad(x: Tensor, widths: tuple[int, ...], fill: float = 0.0) -> Tensor:
-    """`F.pad` with a constant, safe under torch.compile; see `join`."""
-    return F.pad(x[None], widths, value=fill)[0]
-
-
 def _fit(chunk: int, T: int) -> int:
     """The chunk length used: a power of two (the scores halve it again and again), no longer than T needs."""
     return 1 << (min(chunk, T) - 1).bit_length()
@@ -50,7 +36,7 @@ def _fit(chunk: int, T: int) -> int:
 def _split(x: Tensor, C: int, fill: float = 0.0) -> Tensor:
     """[B, T, H, X] -> [N, B H, C, X], filled up with zeros after the last token."""
     short = -x.shape[1] % C
-    x = pad(x, (0, 0, 0, 0, 0, short), fill) if short else x
+    x = F.pad(x, (0, 0, 0, 0, 0, short), value=fill) if short else x
     return x.unflatten(1, (-1, C)).permute(1, 0, 3, 2, 4).flatten(1, 2).contiguous()
 
 
@@ -66,12 +52,12 @@ def _wide(g: Tensor) -> Tensor:
 
 def _next(x: Tensor) -> Tensor:
     """The tensor one token ahead, zeros at the end: what is read before token t + 1 is what stands after token t."""
-    return join((x[:, 1:], torch.zeros_like(x[:, :1])), 1)
+    return torch.cat((x[:, 1:], torch.zeros_like(x[:, :1])), 1)
 
 
 def _after(first: Tensor, x: Tensor) -> Tensor:
     """Undo `_next` on a result: `first` [B, H, V] for token 0, then the rest one token later."""
-    return join((first[:, None], x[:, :-1]), 1)
+    return torch.cat((first[:, None], x[:, :-1]), 1)
 
 
 # Bytes of one tensor worked on at a time, and of one state walked token by token: large enough for a vector operation
@@ -91,7 +77,7 @@ def _sweep(body: Callable, C: int, state, *xs: Tensor, slab: int | None = None):
     for part in zip(*(x.split(step, 1) for x in xs), strict=True):
         results, state = body(state, *part)
         out.append(results)
-    return tuple(join(x, 1) for x in zip(*out, strict=True)), state
+    return tuple(torch.cat(x, 1) for x in zip(*out, strict=True)), state
 
 
 def _few(x: Tensor, target: int, dim: int = 0) -> list[slice]:
@@ -103,13 +89,6 @@ def _few(x: Tensor, target: int, dim: int = 0) -> list[slice]:
 # ---- decayed sums ----------------------------------------------------------------------------------------------------
 
 
-def _filled(x: Tensor, T: int) -> Tensor:
-    """A copy with zeros behind it, T tokens in all; never by `cat`, in whose memory Inductor may put x (kernels/NOTES.md)."""
-    out = x.new_zeros(x.shape[0], T, *x.shape[2:])
-    out[:, : x.shape[1]] = x
-    return out
-
-
 def _scan(g: Tensor, x: Tensor, x0: Tensor | None) -> Tensor:
     """y_t = exp(g_t) y_{t-1} + x_t from y_0 = x0 (None: 0): y_1 .. y_T, [B, T, ...]. Inside all blocks at once, then across them.
 
@@ -118,7 +97,7 @@ def _scan(g: Tensor, x: Tensor, x0: Tensor | None) -> Tensor:
     T = x.shape[1]
     c = T if T <= 32 else int(T**0.5) + 1
     n = -(-T // c)
-    y, g = (_filled(z, n * c).unflatten(1, (n, c)) for z in (x, g))
+    y, g = (F.pad(z, (0, 0) * (z.ndim - 2) + (0, n * c - T)).unflatten(1, (n, c)) for z in (x, g))  # copies
     a = g.exp()
     if x0 is not None:
         y[:, 0, 0].addcmul_(a[:, 0, 0], x0)
@@ -169,12 +148,12 @@ def decayed_sum(
 def _boundaries(k_out: Tensor, v: Tensor, total: Tensor, s0: Tensor) -> tuple[Tensor, Tensor]:
     """States at the chunks' starts [N, R, K, V] and after the last; k_out [N, R, C, K] decayed to the chunk's end."""
     states = _DecayedSum.apply(total[None, ..., None], (k_out.mT @ v)[None], s0[None])[0]
-    return join((s0[None], states[:-1]), 0), states[-1]
+    return torch.cat((s0[None], states[:-1]), 0), states[-1]
 
 
 def to_end(g: Tensor) -> Tensor:
     """exp of what a token loses until its chunk's end: the sum over later tokens; g [..., C, X]."""
-    later = join((g[..., 1:, :], torch.zeros_like(g[..., :1, :])), g.ndim - 2)
+    later = torch.cat((g[..., 1:, :], torch.zeros_like(g[..., :1, :])), g.ndim - 2)
     return later.flip(-2).cumsum(-2).flip(-2).exp()
 
 
@@ -372,10 +351,10 @@ def _rank_one(C: int, s0: Tensor, q: Tensor, r: Tensor, g: Tensor, w: Tensor, v:
     q, r, g, w, v = (_split(x, C) for x in (q, r, g, w, v))
     cols = w[:, :, None] if k is None else torch.stack((w, _split(k, C)), 2)
     # A read before token t + 1 decays is a read after token t: shift r up, score it like q, shift the result down.
-    ahead = join((r[..., 1:, :], torch.zeros_like(r[..., :1, :])), 2)
+    ahead = torch.cat((r[..., 1:, :], torch.zeros_like(r[..., :1, :])), 2)
     A, inside, outside = _scores(torch.stack((q, ahead), 2), cols, g)
-    A_r = pad(A[:, :, 1, :-1], (0, 0, 0, 0, 1, 0))
-    r_in = join((r[..., :1, :], inside[:, :, 1, :-1]), 2)
+    A_r = F.pad(A[:, :, 1, :-1], (0, 0, 0, 0, 1, 0))
+    r_in = torch.cat((r[..., :1, :], inside[:, :, 1, :-1]), 2)
     z = v if k is None else -A_r[..., 1, :] @ v
     x, z = (_unit_solve(A_r[..., 0, :], y) for y in (r_in, z))
     added = None if k is None else outside[:, :, 1].mT @ v

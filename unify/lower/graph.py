@@ -8,7 +8,7 @@ Its backward runs the forward again: a graph cannot carry what autograd keeps.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, _C
+from torch import _C, Tensor
 
 from unify.kernels.operator import operator
 from unify.op import check_offsets, uncast
@@ -18,13 +18,17 @@ from .triton import content_key
 REGISTRY: dict[str, object] = {}  # content key -> the op
 
 
-def run(op, inputs: dict[str, Tensor], state: tuple, offsets: Tensor | None, variance: bool, scale: float):
-    """`op.schedules` as an operator: o [B, T, H, V], the variance or None, and the final states."""
+def prepared(op) -> str:
+    """The op's key, under which the operators know it from here on."""
     key = content_key(f"{op.backend} {op.triple!r}")
     REGISTRY[key] = op
-    o, var, *final = torch.ops.unify.torch(
-        key, [inputs[x.name] for x in op.recurrence.inputs], list(state), offsets, variance, scale
-    )
+    return key
+
+
+def run(op, inputs: dict[str, Tensor], state: tuple, offsets: Tensor | None, variance: bool, scale: float):
+    """`op.schedules` as an operator: o [B, T, H, V], the variance or None, and the final states."""
+    given = [inputs[x.name] for x in op.recurrence.inputs]
+    o, var, *final = torch.ops.unify.torch(prepared(op), given, list(state), offsets, variance, scale)
     return o, var if variance else None, tuple(final)
 
 
