@@ -584,7 +584,7 @@ class Layer(nn.Module):
             conv = conv if last is None else last
         parts = dict(zip(self._width, mixed.split(list(self._width.values()), -1), strict=True))
         parts = {name: part.unflatten(-1, self._shapes[name]) for name, part in parts.items()}
-        for name in self._unit & parts.keys():
+        for name in [name for name in parts if name in self._unit]:
             parts[name] = _unit(parts[name])
         for name, (base, sign) in self._bound.items():
             parts[name] = (sign * self.rates[name](x) * parts[base]).to(parts[base].dtype)

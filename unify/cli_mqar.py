@@ -43,6 +43,10 @@ def _numbers(text: str, name: str, kind: type) -> list:
 Vocab = Annotated[int | None, typer.Option("--vocab", min=4, help="Tokens there are, 8192 in the paper.")]
 Minutes = Annotated[float | None, typer.Option("--minutes", help="No run begins after so many.")]
 Stop = Annotated[float | None, typer.Option("--stop", help="What still runs after so many minutes is ended, and lost.")]
+Width = Annotated[int | None, typer.Option("--d-model", min=1, help="Channels of every model, 128 in the paper.")]
+Layers = Annotated[int | None, typer.Option("--layers", min=1, help="Layers of every model, 2 in the paper.")]
+Heads = Annotated[int | None, typer.Option("--heads", min=1, help="Heads of every layer, 8 in the paper.")]
+HeadDim = Annotated[int | None, typer.Option("--head-dim", min=1, help="Key channels of a head, 16 in the paper.")]
 OUTPUT = "One line of JSON a run; runs in it are not done again."
 
 
@@ -66,6 +70,10 @@ def mqar(
     sequences: Annotated[int | None, typer.Option("--sequences", min=1, help="Of the training set.")] = None,
     vocab: Vocab = None,
     batch: Annotated[int | None, typer.Option("--batch", min=1, help="Sequences a step.")] = None,
+    d_model: Width = None,
+    layers: Layers = None,
+    heads: Heads = None,
+    head_dim: HeadDim = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, or auto: what there is.")] = "auto",
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs at a time, on the one device.")] = 2,
     compiled: Annotated[bool, typer.Option("--compile", help="Through torch.compile.")] = False,
@@ -87,6 +95,7 @@ def mqar(
     names = [name if name in MODELS else zoo.get(name).name for name in names]
     more: dict[str, Any] = dict(TOY) if toy else {}
     sizes = {"steps": steps, "evaluate_every": every, "sequences": sequences, "batch": batch}
+    sizes |= {"d_model": d_model, "layers": layers, "heads": heads, "head_dim": head_dim}
     more |= {k: v for k, v in sizes.items() if v is not None}
     given = _vocab(vocab, toy)
     learned = [Task.parse(text, **given) for text in _list(tasks or (TOY_TASK if toy else "512x128"))]
@@ -125,6 +134,10 @@ def transform(
     sequences: Annotated[int | None, typer.Option("--sequences", min=1, help="Of the training set.")] = None,
     vocab: Vocab = None,
     batch: Annotated[int | None, typer.Option("--batch", min=1, help="Sequences a step.")] = None,
+    d_model: Width = None,
+    layers: Layers = None,
+    heads: Heads = None,
+    head_dim: HeadDim = None,
     importance: Annotated[
         str | None, typer.Option("--importance", help="key or diagonal, else the family's own.")
     ] = None,
@@ -144,7 +157,8 @@ def transform(
 
     more: dict[str, Any] = dict(TOY_TRANSFORM) if toy else {}
     sizes = {"plateau": plateau, "steps": steps, "evaluate_every": every, "sequences": sequences, "batch": batch}
-    more |= {k: v for k, v in {**sizes, "importance": importance}.items() if v is not None}
+    sizes |= {"d_model": d_model, "layers": layers, "heads": heads, "head_dim": head_dim, "importance": importance}
+    more |= {k: v for k, v in sizes.items() if v is not None}
     read = [Task.parse(text, **_vocab(vocab, toy)) for text in _list(tasks or ("48x12" if toy else "512x128"))]
     rates = _numbers(rates or ("1e-2" if toy else "4.642e-3"), "--lr", float)
     seeds = _numbers(seeds, "--seeds", int)
