@@ -26,10 +26,10 @@ test: lint ## style and every test that needs no GPU
 	@echo "==> running the tests in $(WORKERS) processes"
 	@CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) -m "not gpu"
 
-test-gpu: $(READY) ## the tests that need a GPU, every model among them
+test-gpu: $(READY) ## the tests that need a GPU, every model among them; OUTCOMES=FILE goes on where a run was cut off
 	@$(BIN)/unify verify linear_attention --device cuda
 	@echo "==> running the GPU tests in $(WORKERS) processes; those of a file in one, for the largest fill a GPU's memory"
-	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile -m gpu
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile -m gpu $(if $(OUTCOMES),--outcomes $(OUTCOMES))
 
 lint: $(READY) ## check style and formatting
 	@echo "==> checking style and formatting with ruff"

@@ -10,6 +10,7 @@ import sys
 import torch
 from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
+from outcomes import pytest_addoption, pytest_collection_modifyitems, pytest_configure  # noqa: F401 - pytest finds them here
 
 # Where transformers finds fla it imports it beside its own Qwen3-Next, calls kernels that want a GPU, and loses its type
 # mamba2 to fla's. No test but those of tests/fla_hosts.py, in a process of its own, is about that.
