@@ -44,8 +44,8 @@ PLAIN, HEAD, CHANNEL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
-def locate(slot, offsets, N, C: tl.constexpr):
-    """First token of a slot's chunk and the token after its last; an empty range if no chunk is there."""
+def sequence(slot, offsets, N, C: tl.constexpr):
+    """A slot's sequence, that one's first token, the first of the slot's chunk, and the token after the sequence's last."""
     low = slot * 0
     high = low + N - 1
     while low < high:
@@ -54,8 +54,14 @@ def locate(slot, offsets, N, C: tl.constexpr):
         low = tl.where(inside, middle, low)
         high = tl.where(inside, high, middle - 1)
     begin = tl.load(offsets + low)
-    start = begin + (slot - begin // C - low) * C
-    return start, tl.minimum(start + C, tl.load(offsets + low + 1))
+    return low, begin, begin + (slot - begin // C - low) * C, tl.load(offsets + low + 1)
+
+
+@triton.jit
+def locate(slot, offsets, N, C: tl.constexpr):
+    """First token of a slot's chunk and the token after its last; an empty range if no chunk is there."""
+    _, _, start, last = sequence(slot, offsets, N, C)
+    return start, tl.minimum(start + C, last)
 
 
 @triton.jit

@@ -52,7 +52,7 @@ class Operator:
                 with _C._AutoDispatchBelowAutograd():
                     results = overload.redispatch(keyset & _C._after_autograd_keyset, *arguments)
                 operator.keep(ctx, arguments, results)
-                return tuple(results)
+                return results if isinstance(results, torch.Tensor) else tuple(results)
 
             @staticmethod
             def backward(ctx, *gradients):

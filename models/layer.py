@@ -10,6 +10,7 @@ stands in `RECIPES`. No model's name appears here: what a published layer adds t
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections import OrderedDict
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from unify.recurrence import Input
 from unify.symbols import SIZE
 from unify.triple import Triple
 
+TRITON = importlib.util.find_spec("triton") is not None
 CONTENT = ("q", "k", "v", "p", "a", "b")
 """Arguments that carry content: a full projection and the short convolution. All others are gates or parameters."""
 
@@ -218,21 +220,36 @@ def short_convolution(
     state: [N, W - 1, C], what came before each sequence; 0 before the first token. cu_seqlens: with B = 1, as in an op.
     Returns y [B, T, C] and the new state.
     """
+    last = _last(x, state.to(x), cu_seqlens)
+    if x.is_cuda and TRITON and state.shape[1] <= 64:
+        from unify.kernels.convolution import convolution
+
+        batch, T = x.shape[:2]
+        offsets = torch.arange(0, batch * T + 1, T, device=x.device) if cu_seqlens is None else cu_seqlens
+        return convolution(x, weight, bias, state, offsets), last
     gap, T = weight.shape[1] - 1, x.shape[1]
     if cu_seqlens is None:
         line = torch.cat([state.to(x), x], 1)
-        last = line[:, T:]
     else:  # one line: each sequence behind its state
         starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
         n = torch.arange(len(starts), device=x.device)
         at = torch.arange(T, device=x.device) + gap * (1 + n.repeat_interleave(ends - starts))
-        before = torch.arange(gap, device=x.device)
-        ahead = (starts + gap * n)[:, None] + before
+        ahead = (starts + gap * n)[:, None] + torch.arange(gap, device=x.device)
         line = x.new_zeros(T + gap * len(n), x.shape[2]).index_copy(0, at, x[0])
         line = line.index_copy(0, ahead.flatten(), state.to(x).flatten(0, 1))[None]
-        last = line[0, (ends + gap * n)[:, None] + before]
     y = F.conv1d(line.mT, weight[:, None], bias, groups=len(weight)).mT
     return F.silu(y if cu_seqlens is None else y[:, at - gap]), last
+
+
+def _last(x: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """The last W - 1 inputs of each sequence, [N, W - 1, C], from what came before where it is shorter."""
+    T, gap = x.shape[1], state.shape[1]
+    if cu_seqlens is None:
+        return x[:, T - gap :] if gap <= T else torch.cat([state[:, T:], x], 1)
+    starts, ends = cu_seqlens[:-1, None], cu_seqlens[1:, None]
+    at = ends - gap + torch.arange(gap, device=x.device)
+    before = (at - starts + gap).clamp(0, max(gap - 1, 0))[..., None].expand_as(state)
+    return torch.where((at >= starts)[..., None], x[0, at.clamp(min=0)], state.gather(1, before))
 
 
 def rotate(x: Float[Tensor, "B T H K"], position_ids: Int[Tensor, "B T"], theta: float = 10000.0) -> Tensor:

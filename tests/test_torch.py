@@ -295,6 +295,9 @@ def _library_cases():
     square = torch.eye(3).expand(2, 1, 3, 3).clone().requires_grad_()
     yield "solve", ops.solve, (q, k, positive(1, 5, 1), g, positive(1, 3), square, OFFSETS, False, 8)
     yield "decayed sum", ops.decayed_sum, (log_decay(1, 5, 1, 1), k, normal(2, 1, 3), OFFSETS)
+    taps = normal(3, 4), normal(3)
+    for name, bias in (("", None), (" bias", taps[1])):
+        yield f"convolution{name}", ops.convolution, (normal(1, 5, 3), taps[0], bias, normal(2, 3, 3), OFFSETS)
     op, on_torch = (compile(get("meta_gdn").triple, backend) for backend in ("triton", "torch"))
     given = random_inputs(op, B=1, T=5, H=1, K=3, V=2, dtype=torch.float32)
     arguments = [y.requires_grad_() for y in given.values()], [s0, positive(2, 1, 3)]
@@ -315,7 +318,7 @@ def coefficients_call(model):
     return key, *leaves, offsets, scale, sizes, dtype
 
 
-@pytest.mark.parametrize("which", range(12))
+@pytest.mark.parametrize("which", range(14))
 def test_operators_are_registered_soundly(which):
     """Schema, fake tensors, autograd and dynamic shapes under AOT autograd."""
     name, op, arguments = library_cases()[which]
