@@ -514,11 +514,11 @@ def test_sentences_follow_from_the_numbers():
 def test_minutes_of_runs_side_by_side_count_once():
     spans = ((0, 60), (30, 90), (60, 80), (600, 660))
     runs = [{**ON, "began": 100.0 + a, "ended": 100.0 + b} for a, b in spans]
-    assert minutes(runs) == "4 runs, 2.5 minutes of one a GPU, at most 2 side by side (torch 2)."
+    assert minutes(runs) == "4 runs, 2.5 minutes of one GPU, at most 2 side by side (torch 2)."
     assert minutes(runs[:1]).startswith("1 run, 1.0 minutes")
     other = {**runs[0], "device": "a CPU"}
     assert minutes([other, *runs]).startswith(
-        "1 run, 1.0 minutes of one a CPU, at most 2 side by side (torch 2); 4 runs, 2.5"
+        "1 run, 1.0 minutes of one CPU, at most 2 side by side (torch 2); 4 runs, 2.5"
     )
 
 
@@ -572,7 +572,7 @@ def test_a_page_is_written_from_the_files_alone(tmp_path):
         in text
     )
     assert (
-        text.count("6 runs, 1.0 minutes of one a GPU") == 1
+        text.count("6 runs, 1.0 minutes of one GPU") == 1
     )  # of the figure on longer sequences; others show more runs
     runs[0]["accuracy"] = 0.4  # another number, another sentence
     (tmp_path / "mqar_a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in runs[:4]))

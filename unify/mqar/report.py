@@ -187,7 +187,7 @@ def minutes(records: Iterable[dict[str, Any]]) -> str:
         side = max(r["jobs"] for r in runs)
         what = f"{len(runs)} runs" if len(runs) > 1 else "1 run"
         parts.append(
-            f"{what}, {busy / 60:.1f} minutes of one {device}, at most {side} side by side ({'; '.join(versions)})"
+            f"{what}, {busy / 60:.1f} minutes of one {device.removeprefix('a ')}, at most {side} side by side ({'; '.join(versions)})"
         )
     return "; ".join(parts) + "."
 
@@ -267,5 +267,5 @@ def changed(found: list[Change]) -> tuple[str, list[str], list[str]]:
                 left += [f"Seeds disagree: {said[-1]}"] if 0 < above < seeds else []
         if max(c.before) > SOLVED - 0.05:
             left.append(f"{where}: the host held its load nearly ({spread(c.before)} before converting).")
-        left += [f"{where}: {len(c.seeds)} seeds."] if len(c.seeds) < ENOUGH else []
+        left += [f"{where}: {len(c.seeds)} seed{'s' * (len(c.seeds) != 1)}."] if len(c.seeds) < ENOUGH else []
     return "\n".join(lines), said, left
