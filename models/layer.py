@@ -221,7 +221,7 @@ def short_convolution(
     Returns y [B, T, C] and the new state.
     """
     last = _last(x, state.to(x), cu_seqlens)
-    if x.is_cuda and TRITON and state.shape[1] <= 64:
+    if state.shape[1] <= 64 and on_kernels(x):
         from unify.kernels.convolution import convolution
 
         batch, T = x.shape[:2]
@@ -239,6 +239,11 @@ def short_convolution(
         line = line.index_copy(0, ahead.flatten(), state.to(x).flatten(0, 1))[None]
     y = F.conv1d(line.mT, weight[:, None], bias, groups=len(weight)).mT
     return F.silu(y if cu_seqlens is None else y[:, at - gap]), last
+
+
+def on_kernels(x: Tensor) -> bool:
+    """Whether kernels run where x is."""
+    return x.is_cuda and TRITON
 
 
 def _last(x: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> Tensor:

@@ -2,6 +2,8 @@
 
 import copy
 import os
+import subprocess
+import sys
 from itertools import pairwise
 
 import pytest
@@ -15,7 +17,6 @@ pytest.importorskip("triton")
 from unify.kernels import convolution as kernels
 from unify.kernels.convolution import convolution
 from unify.models import layer
-from unify.models.layer import short_convolution
 from unify.models.zoo import get
 from unify.testing import assert_close
 
@@ -94,24 +95,36 @@ def test_a_batch_of_rows_and_two_channel_blocks():
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_layer_on_a_gpu_gets_what_it_gets_elsewhere(packed, monkeypatch):
-    """The branch that only CUDA tensors take, on tensors that say they are."""
-    x, weight, bias, start, offsets = case((3, 1, 9), 5, 4, True, torch.float64)
-    if not packed:
-        offsets, start = None, start[:1]
-    plain, last = short_convolution(x, weight, bias, start, offsets)
-    called, whole = [], convolution
-
-    class OnGPU(torch.Tensor):
-        is_cuda = True
-
-    monkeypatch.setattr(
-        kernels, "convolution", lambda x, *a: called.append(1) or whole(x.as_subclass(torch.Tensor), *a)
-    )
-    found, end = layer.short_convolution(x.as_subclass(OnGPU), weight, bias, start, offsets)
+def test_a_layer_with_the_kernel_is_the_layer_without(packed, monkeypatch):
+    """The branch that is taken on a GPU, in the interpreter."""
+    torch.manual_seed(0)
+    made = layer.Layer(get("palimpsa_key").triple, hidden_size=12, num_heads=2, head_dim=4, conv_bias=True).double()
+    x, offsets = torch.randn(1, 20, 12, dtype=torch.float64), torch.tensor([0, 1, 3, 20]) if packed else None
+    plain, state = made(x, cu_seqlens=offsets, output_state=True)
+    called, whole = [], torch.ops.unify.convolution
+    monkeypatch.setattr(layer, "on_kernels", lambda x: True)
+    monkeypatch.setattr(torch.ops.unify, "convolution", lambda *a: called.append(1) or whole(*a))
+    y, end = made(x, cu_seqlens=offsets, output_state=True)
     assert called == [1]
-    assert_close(found, plain, 1e-12)
-    assert torch.equal(end.as_subclass(torch.Tensor), last)
+    assert_close(y.detach(), plain.detach(), 1e-12)
+    assert torch.equal(end.conv, state.conv)
+    later = torch.randn(len(end.conv), 1, 12, dtype=torch.float64)
+    assert_close(*(made(later, state=z, output_state=True)[0].detach() for z in (end, state)), 1e-12)
+
+
+def test_a_layer_with_the_kernel_is_one_graph():
+    # In a process of its own, where signatures are not checked: torch.compile cannot look into the checks.
+    code = (
+        "import torch\nfrom unify.models import Layer, layer\nfrom unify.models.zoo import get\n"
+        "made, x = Layer(get('gla').triple, 8, 2, 4), torch.randn(2, 9, 8)\n"
+        "plain, layer.on_kernels = made(x), lambda x: True\n"
+        "found = torch.compile(made, backend='aot_eager', fullgraph=True)(x)\n"
+        "found.sum().backward()\nprint('unify::convolution' in torch._C._dispatch_get_all_op_names())\n"
+        "print((found - plain).abs().max().item() < 1e-5)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["True", "True"]
 
 
 def test_a_wrong_tap_is_seen():
