@@ -105,7 +105,7 @@ def counting():
 
 
 @pytest.mark.parametrize(
-    ("backend", "names"), [("torch", {"unify.torch.default"}), ("triton", {"unify.coefficients.default", "unify.rank_one.default"})]
+    ("backend", "names"), [("torch", {"unify.called.default"}), ("triton", {"unify.coefficients.default", "unify.rank_one.default"})]
 )  # fmt: skip
 def test_custom_ops_are_in_the_graph_and_its_length_is_free(backend, names):
     """One graph for every T: kernels take the length at run time, and the torch backend is one operator."""
@@ -302,7 +302,9 @@ def _library_cases():
     given = random_inputs(op, B=1, T=5, H=1, K=3, V=2, dtype=torch.float32)
     arguments = [y.requires_grad_() for y in given.values()], [s0, positive(2, 1, 3)]
     yield "recurrent", ops.recurrent, (launch.prepared(op.recurrence).key, *arguments, OFFSETS, 0.5, True, True)
-    yield "torch", ops.torch, (graph.prepared(on_torch), *arguments, OFFSETS, True, 0.5)
+    key, names = graph.prepared(on_torch)
+    in_order = [given[name].requires_grad_() for name in names]
+    yield "called", ops.called, (key, in_order, arguments[1], OFFSETS, True, 0.5, 2)
     for model in ("palimpsa_key", "gated_deltaproduct"):  # with a small state, with several steps a token
         yield f"coefficients {model}", ops.coefficients, coefficients_call(model)
 

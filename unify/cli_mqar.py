@@ -43,6 +43,12 @@ def _numbers(text: str, name: str, kind: type) -> list:
 Vocab = Annotated[int | None, typer.Option("--vocab", min=4, help="Tokens there are, 8192 in the paper.")]
 Minutes = Annotated[float | None, typer.Option("--minutes", help="No run begins after so many.")]
 Stop = Annotated[float | None, typer.Option("--stop", help="What still runs after so many minutes is ended, and lost.")]
+Tasks = Annotated[
+    str | None, typer.Option("--tasks", "-t", metavar="TxP", help="Tokens x pairs; TxP-O overwrites O keys.")
+]
+Names = Annotated[
+    str | None, typer.Option("--models", "-m", metavar="A,B", help="Models; also transformer, not_palimpsa.")
+]
 Width = Annotated[int | None, typer.Option("--d-model", min=1, help="Channels of every model, 128 in the paper.")]
 Layers = Annotated[int | None, typer.Option("--layers", min=1, help="Layers of every model, 2 in the paper.")]
 Heads = Annotated[int | None, typer.Option("--heads", min=1, help="Heads of every layer, 8 in the paper.")]
@@ -53,12 +59,8 @@ OUTPUT = "One line of JSON a run; runs in it are not done again."
 @app.command()
 def mqar(
     toy: Annotated[bool, typer.Option("--toy", help="Small enough for two minutes on two cores.")] = False,
-    models: Annotated[
-        str | None, typer.Option("--models", "-m", metavar="A,B", help="Models; also transformer, not_palimpsa.")
-    ] = None,
-    tasks: Annotated[
-        str | None, typer.Option("--tasks", "-t", metavar="TxP", help="Tokens x pairs; TxP-O overwrites O keys.")
-    ] = None,
+    models: Names = None,
+    tasks: Tasks = None,
     also: Annotated[str, typer.Option("--also", metavar="TxP", help="Tasks to read at, without training.")] = "",
     rates: Annotated[str | None, typer.Option("--lr", metavar="A,B", help="Learning rates.")] = None,
     seeds: Annotated[str, typer.Option("--seeds", metavar="A,B", help="Seeds.")] = "1",
@@ -123,9 +125,7 @@ def transform(
     hosts: Annotated[
         str, typer.Option("--hosts", metavar="A,B", help="mamba2, gated_deltanet.")
     ] = "mamba2,gated_deltanet",
-    tasks: Annotated[
-        str | None, typer.Option("--tasks", "-t", metavar="TxP", help="Tokens x pairs; TxP-O overwrites O keys.")
-    ] = None,
+    tasks: Tasks = None,
     rates: Annotated[str | None, typer.Option("--lr", metavar="A,B", help="Learning rates until the plateau.")] = None,
     seeds: Annotated[str, typer.Option("--seeds", metavar="A,B", help="Seeds.")] = "1",
     plateau: Annotated[int | None, typer.Option("--plateau", min=1, help="Optimizer steps before converting.")] = None,

@@ -402,7 +402,7 @@ def uncast(device: str):
 
 
 def _traced(constant: _Constant, inputs: dict, variance: bool, options: dict) -> tuple:
-    """A call whose Python torch.compile does not read: printed code and sympy are for AOT autograd, tensor by tensor."""
+    """A call whose Python torch.compile does not read: of the torch backend one operator is left, of kernels theirs and what joins them."""
     try:
         return constant.op._run(inputs, variance, True, **options)
     except UnifyError as error:  # dynamo raises an error of its own in its place
