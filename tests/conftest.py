@@ -7,6 +7,7 @@ import importlib.util
 import os
 import sys
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
@@ -33,6 +34,15 @@ CHECKED = (
 if early := [name for name in CHECKED if name in sys.modules]:
     raise RuntimeError(f"{', '.join(early)} was imported before its signatures could be checked")
 install_import_hook(CHECKED, "beartype.beartype")
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Every buffer that a kernel is given to write starts as NaN, so that an entry never written is seen."""
+    empty, like = torch.Tensor.new_empty, torch.empty_like
+    spoil = lambda x: x.fill_(torch.nan) if x.is_floating_point() else x  # noqa: E731
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: spoil(empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: spoil(like(*a, **k)))
 
 
 def pytest_report_header():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from test_kernels_recurrent import poisoned, start_of
+from test_kernels_recurrent import start_of
 
 from unify.kernels import coefficients as kernels
 from unify.lower import coefficients, launch, parallel
@@ -131,8 +131,7 @@ def worst(triple, lengths=LENGTHS, H=1, K=3, V=5, dtype=torch.float64, device="c
 
 
 @pytest.mark.parametrize("name", [*CHUNKED, *EXTRA])
-def test_coefficients_and_gradients_equal_torch(name, small, monkeypatch):
-    poisoned(monkeypatch)
+def test_coefficients_and_gradients_equal_torch(name, small, poisoned):
     error, _ = worst(EXTRA[name] if name in EXTRA else get(name).triple)
     assert error <= 1e-12
 

@@ -20,6 +20,7 @@ from unify.models import layer
 from unify.models.zoo import get
 from unify.testing import assert_close
 
+pytestmark = pytest.mark.usefixtures("poisoned")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ["y", "dx", "dweight", "dbias", "dstart"]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -73,12 +74,8 @@ def compare(lengths, D, W, bias, dtype, B=1, device=DEVICE):
 
 
 @pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Memory that is handed out unwritten holds NaN; small blocks, so that a small case has several."""
-    new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
-    spoil = lambda x: x.fill_(float("nan")) if x.is_floating_point() else x  # noqa: E731
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: spoil(new_empty(*a, **k)))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: spoil(empty_like(*a, **k)))
+def small(monkeypatch):
+    """Small blocks, so that a small case has several."""
     monkeypatch.setattr(kernels, "C", 16)
     monkeypatch.setattr(kernels, "CHANNELS", 16)
 

@@ -79,15 +79,6 @@ def _interpreted(request):
         pytest.skip("runs in the interpreter; test_on_the_gpu is for this machine")
 
 
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Memory that is handed out unwritten holds NaN."""
-    new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
-    spoil = lambda x: x.fill_(float("nan")) if x.is_floating_point() else x  # noqa: E731
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: spoil(new_empty(*a, **k)))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: spoil(empty_like(*a, **k)))
-
-
 @pytest.fixture(params=["walked", "passed on"])
 def schedule(request, monkeypatch):
     """Both ways from chunk to chunk, whatever the sizes; the second in steps of two chunks."""

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from test_kernels_recurrent import poisoned
 
 from unify.device import Case, compare, draw, run
 from unify.errors import UnifyError
@@ -63,12 +62,11 @@ def attempt(
 
 
 @pytest.fixture
-def small(monkeypatch, tmp_path):
+def small(monkeypatch, poisoned, tmp_path):
     """Little tiles and segments, every buffer NaN, and the parallel families for short sequences too."""
     monkeypatch.setenv("UNIFY_CACHE", str(tmp_path))
     monkeypatch.setattr(recurrent, "TILE", 16)
     monkeypatch.setattr(recurrent, "EVERY", 4)
-    poisoned(monkeypatch)
     return monkeypatch
 
 

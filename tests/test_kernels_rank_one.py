@@ -85,15 +85,6 @@ def _interpreted(request):
         pytest.skip("runs in the interpreter; test_on_the_gpu is for this machine")
 
 
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Memory that is handed out unwritten holds NaN."""
-    new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
-    spoil = lambda x: x.fill_(float("nan")) if x.is_floating_point() else x  # noqa: E731
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: spoil(new_empty(*a, **k)))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: spoil(empty_like(*a, **k)))
-
-
 @pytest.mark.parametrize("shared", [False, True], ids=["own keys", "one key"])
 @pytest.mark.parametrize("channels", [False, True], ids=["head", "channel"])
 def test_packed_sequences_with_all_gates_match_the_loop(poisoned, channels, shared):

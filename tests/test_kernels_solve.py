@@ -14,7 +14,6 @@ pytest.importorskip("triton")
 
 from test_kernels_linear import agree, gates, graded
 from test_kernels_recurrent import compare as compare_op
-from test_kernels_recurrent import poisoned as poison
 from test_kernels_recurrent import results, worst
 
 from unify.kernels import chunk
@@ -93,12 +92,6 @@ def _interpreted(request):
     """Where there is a GPU nothing is interpreted, and kernels take no CPU tensors."""
     if torch.cuda.is_available() and not request.node.get_closest_marker("gpu"):
         pytest.skip("runs in the interpreter; the tests marked gpu are for this machine")
-
-
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Memory that is handed out unwritten holds NaN."""
-    poison(monkeypatch)
 
 
 def compare(x, offsets, before=False, device="cpu", tolerance=None):
