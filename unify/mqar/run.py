@@ -177,6 +177,19 @@ def answering(model) -> Answer:
     return answer
 
 
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # inputs, places, answers -> a number
+
+
+def loss_of(answer: Answer) -> Loss:
+    """Mean cross-entropy of the answers, in float32."""
+
+    def loss(inputs: Tensor, places: Tensor, answers: Tensor) -> Tensor:
+        logits = answer(inputs, places)
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), answers.flatten())
+
+    return loss
+
+
 @torch.no_grad()
 def accuracy(answer: Answer, tests: Data, batch: int) -> float:
     """Share of queries answered right: the most probable token is the value."""
@@ -213,14 +226,15 @@ def fit(
     *,
     prepare: Callable[[int], None] = lambda step: None,
     solved: float = SOLVED,
-    look: Answer | None = None,
+    loss: Loss | None = None,
 ) -> list[list[float]]:
     """Optimize run.steps steps, or until the accuracy is above `solved`; [[step, mean loss since the last, accuracy], ...].
 
-    answer: see `Answer`; look: what evaluates in its place, such as the same uncompiled (a compiled one would be compiled again
-    for the last, smaller batch and without gradients). run: its batch, seed, steps and evaluate_every are used. prepare:
-    called before each step, from 1. bfloat16 on a GPU, weights in float32; the host waits for the GPU at evaluations alone.
+    answer: see `Answer`. loss: its loss where that is not `loss_of(answer)`, such as the same compiled (evaluations are not: they would
+    be compiled again for the last, smaller batch and without gradients). run: its batch, seed, steps and evaluate_every are used.
+    prepare: called before each step, from 1. bfloat16 on a GPU, weights in float32; the host waits for the GPU at evaluations alone.
     """
+    loss = loss or loss_of(answer)
     device, curve = train.inputs.device.type, []
     rows = batches(len(train.inputs), run.batch, run.seed, device)
     cast = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
@@ -229,18 +243,16 @@ def fit(
         prepare(step)
         some = train.take(next(rows))
         with cast:
-            logits = answer(some.inputs, some.places)
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), some.answers.flatten())
-        del logits
+            missed = loss(*some)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        missed.backward()
         optimizer.step()
         schedule.step()
-        total, since = total + loss.detach(), since + 1
+        total, since = total + missed.detach(), since + 1
         if step % run.evaluate_every and step < run.steps:
             continue
         with cast:
-            curve.append([step, total.item() / since, accuracy(look or answer, tests, run.batch)])
+            curve.append([step, total.item() / since, accuracy(answer, tests, run.batch)])
         progress(*curve[-1])
         if curve[-1][2] > solved:
             break
@@ -273,8 +285,8 @@ def train(
     optimizer = torch.optim.AdamW(_groups(model), lr=run.lr, weight_decay=0.1, fused=device == "cuda")
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, run.steps)
     answer = answering(model)
-    trained = torch.compile(answer, dynamic=False) if compiled else answer
-    curve = fit(trained, optimizer, schedule, *sets, run, progress, look=answer)
+    loss = torch.compile(loss_of(answer), dynamic=False) if compiled else None
+    curve = fit(answer, optimizer, schedule, *sets, run, progress, loss=loss)
     with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
         others = {str(t): read(answer, run, t, device) for t in also}
     return {"run": asdict(run), "key": run.key, **cost(config(run)), "accuracy": curve[-1][2], "others": others,
