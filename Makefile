@@ -28,8 +28,8 @@ test: lint ## style and every test that needs no GPU
 
 test-gpu: $(READY) ## the tests that need a GPU, every model among them; OUTCOMES=FILE goes on where a run was cut off
 	@$(BIN)/unify verify linear_attention --device cuda
-	@echo "==> running the GPU tests in $(WORKERS) processes; those of a file in one, for the largest fill a GPU's memory"
-	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile -m gpu $(if $(OUTCOMES),--outcomes $(OUTCOMES))
+	@echo "==> running the GPU tests in $(WORKERS) processes; those that fill a GPU's memory in one"
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadgroup -m gpu $(if $(OUTCOMES),--outcomes $(OUTCOMES))
 
 lint: $(READY) ## check style and formatting
 	@echo "==> checking style and formatting with ruff"

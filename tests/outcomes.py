@@ -5,6 +5,7 @@ left out the next time; those that failed or were not reached are run. With xdis
 """
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -28,10 +29,15 @@ def outcomes(path: Path) -> dict[str, dict]:
     return found
 
 
+def name(nodeid: str) -> str:
+    """A test's name without the group that xdist appends."""
+    return re.sub(r"@\w+$", "", nodeid)
+
+
 def pytest_collection_modifyitems(config, items):
     if path := config.getoption("outcomes"):
         known = outcomes(Path(path))
-        done = [x for x in items if known.get(x.nodeid, {}).get("outcome") == "passed"]
+        done = [x for x in items if known.get(name(x.nodeid), {}).get("outcome") == "passed"]
         config.hook.pytest_deselected(items=done)
         items[:] = [x for x in items if x not in set(done)]
 
@@ -60,5 +66,5 @@ class Writer:
             why = [] if report.passed else str(report.longrepr).strip().splitlines()
             errors = [x for x in why if x.startswith("E ")] or why
             self.write(json.dumps({
-                "test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 2), "why": "\n".join(errors[:20]),
+                "test": name(report.nodeid), "outcome": report.outcome, "seconds": round(report.duration, 2), "why": "\n".join(errors[:20]),
             }))  # fmt: skip

@@ -14,6 +14,7 @@ from unify.op import compile
 from unify.testing import random_inputs
 from unify.verify import everything, tokens
 
+pytestmark = pytest.mark.xdist_group("memory")  # one at a time: the largest fill a GPU
 NAMES = ["mamba2", "gla", "gated_deltanet", "kda", "palimpsa"]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

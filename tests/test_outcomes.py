@@ -25,6 +25,7 @@ def broken():
 def test_is_never_set_up(broken):
     pass
 
+@pytest.mark.xdist_group("large")
 def test_is_cut_off():
     if "CUT" in os.environ:
         os._exit(9)
@@ -51,7 +52,9 @@ def run(folder, *arguments, **environment):
     )
 
 
-@pytest.mark.parametrize("workers", [[], ["-n", "1", "--max-worker-restart", "0"]], ids=["alone", "xdist"])
+@pytest.mark.parametrize(
+    "workers", [[], ["-n", "1", "--dist", "loadgroup", "--max-worker-restart", "0"]], ids=["alone", "xdist"]
+)
 def test_a_run_that_is_cut_off_goes_on(tmp_path, workers):
     (tmp_path / "test_some.py").write_text(TESTS)
     run(tmp_path, *workers, CUT="1")
