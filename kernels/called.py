@@ -12,15 +12,8 @@ from torch import _C, Tensor
 
 from unify.kernels.operator import operator
 
-# key -> function(inputs, state, offsets, variance, scale) that returns (o, variance or None, final states)
+# key -> function(inputs, state, offsets, variance, scale) that returns [o, the variance if it is asked for, *final states]
 REGISTRY: dict[str, Callable] = {}
-
-
-def _call(
-    key: str, inputs: list[Tensor], state: list[Tensor], offsets: Tensor | None, variance: bool, scale: float
-) -> list[Tensor]:
-    o, var, final = REGISTRY[key](inputs, state, offsets, variance, scale)
-    return [o, *([var] if variance else []), *final]
 
 
 @operator("called")
@@ -38,7 +31,7 @@ def called(
     Returns [o [B, T, H, V] in q's type, the variance like it (empty if not asked for), *final states, each like its start].
     """
     with torch.no_grad():
-        out = _call(key, inputs, state, offsets, variance, scale)
+        out = REGISTRY[key](inputs, state, offsets, variance, scale)
     out = [x.clone(memory_format=torch.contiguous_format) for x in out]  # laid out as said, and nobody else's
     return out if variance else [out[0], out[0].new_empty(0), *out[1:]]
 
@@ -63,7 +56,7 @@ def backward(
     leaves = [x.detach().requires_grad_() for x in (*inputs, *state)]
     # the body of an operator stands below autograd, which is wanted here
     with _C._SetExcludeDispatchKeyGuard(_C.DispatchKey.AutogradFunctionality, False), torch.enable_grad():
-        out = _call(key, leaves[: len(inputs)], leaves[len(inputs) :], offsets, variance, scale)
+        out = REGISTRY[key](leaves[: len(inputs)], leaves[len(inputs) :], offsets, variance, scale)
         given = gradients if variance else [gradients[0], *gradients[2:]]
         outs, given = zip(*((x, y) for x, y in zip(out, given, strict=True) if x.requires_grad), strict=True)
         found = torch.autograd.grad(outs, leaves, given, materialize_grads=True)

@@ -221,7 +221,7 @@ def short_convolution(
     Returns y [B, T, C] and the new state.
     """
     last = _last(x, state.to(x), cu_seqlens)
-    if state.shape[1] <= 64 and on_kernels(x):
+    if state.shape[1] <= 64 and on_kernels(x):  # as far back as a program's tokens reach
         from unify.kernels.convolution import convolution
 
         batch, T = x.shape[:2]

@@ -2,12 +2,11 @@
 
 import copy
 import os
-import subprocess
-import sys
 from itertools import pairwise
 
 import pytest
 import torch
+from apart import apart
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -110,7 +109,6 @@ def test_a_layer_with_the_kernel_is_the_layer_without(packed, monkeypatch):
 
 
 def test_a_layer_with_the_kernel_is_one_graph():
-    # In a process of its own, where signatures are not checked: torch.compile cannot look into the checks.
     code = (
         "import torch\nfrom unify.models import Layer, layer\nfrom unify.models.zoo import get\n"
         "made, x = Layer(get('gla').triple, 8, 2, 4), torch.randn(2, 9, 8)\n"
@@ -119,9 +117,7 @@ def test_a_layer_with_the_kernel_is_one_graph():
         "found.sum().backward()\nprint('unify::convolution' in torch._C._dispatch_get_all_op_names())\n"
         "print((found - plain).abs().max().item() < 1e-5)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["True", "True"]
+    assert apart(code) == ["True", "True"]
 
 
 def test_a_wrong_tap_is_seen():

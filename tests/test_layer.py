@@ -1,13 +1,12 @@
 """One layer for any triple: the whole zoo and random triples; chunks, steps, splits, padding and packing agree."""
 
 import itertools
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from apart import apart
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -384,7 +383,6 @@ def test_it_is_made_without_memory_and_keeps_its_weights():
 
 
 def test_a_layer_needs_no_transformers_and_is_one_graph(tmp_path):
-    # In a process of its own, where signatures are not checked: torch.compile cannot look into the checks.
     code = (
         "import sys; sys.modules['transformers'] = None\n"
         "import unify, unify.models\nprint('torch' in sys.modules)\n"
@@ -393,9 +391,7 @@ def test_a_layer_needs_no_transformers_and_is_one_graph(tmp_path):
         "print(torch.equal(torch.compile(layer, backend='aot_eager', fullgraph=True)(x), layer(x)))\n"
         "try:\n    unify.models.UnifyConfig\nexcept UnifyError as error:\n    print(error)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    heavy, equal, refusal = done.stdout.splitlines()
+    heavy, equal, refusal = apart(code, tmp_path)
     assert heavy == "False"
     assert equal == "True"
     assert "pip install 'unify-attention[hf]'" in refusal

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from apart import apart
 from outcomes import outcomes
 
 TESTS = """
@@ -70,3 +71,9 @@ def test_a_run_that_is_cut_off_goes_on(tmp_path, workers):
     assert f"1 failed, 1 passed, {'' if workers else '1 deselected, '}1 error" in again.stdout
     assert (tmp_path / "ran").read_text() == "passes "
     assert outcomes(tmp_path / "out.jsonl")["test_some.py::test_is_cut_off"]["outcome"] == "passed"
+
+
+def test_an_error_in_a_process_apart_is_seen():
+    assert apart("print('a'); print('b c')") == ["a", "b c"]
+    with pytest.raises(AssertionError, match="planted"):
+        apart("print('a'); raise ValueError('planted')")

@@ -11,6 +11,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from apart import apart
 
 from unify import contest, race
 from unify.contest import CONTESTANTS, MODELS, RIVAL, Size, WrongResultError
@@ -474,8 +475,7 @@ def test_it_needs_little(tmp_path):
         "print(contest.check(made, made.prepare(), contest.Size(1, 1, 1, 4, 4), 'forward', 'cpu'))\n"
         "print(standings.markdown(race.load(race.Path('none.json'))))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert apart(code, tmp_path)
 
 
 # ---- on the device -----------------------------------------------------------------------------------------------

@@ -130,9 +130,10 @@ class Op:
         scale, q = self._scale(scale, sizes), inputs["q"]
         if not traced and (self.checked or (self.checked is None and q.device.type == "cpu")):
             self._check_values(inputs)
-        on_triton = self._chosen(q) == "triton"
+        backend = self._chosen(q)
+        on_triton = backend == "triton"
         offsets = None if cu_seqlens is None else self._offsets(cu_seqlens, sizes, q, on_triton, traced)
-        double = q.dtype == torch.float64 or self._chosen(q) == "reference"
+        double = q.dtype == torch.float64 or backend == "reference"
         count = sizes["B"] if offsets is None else len(offsets) - 1
         with uncast(q.device.type):
             state = self._initial(initial_state, inputs, count, sizes, torch.float64 if double else torch.float32)
