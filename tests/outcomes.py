@@ -37,9 +37,9 @@ def name(nodeid: str) -> str:
 def pytest_collection_modifyitems(config, items):
     if path := config.getoption("outcomes"):
         known = outcomes(Path(path))
-        done = [x for x in items if known.get(name(x.nodeid), {}).get("outcome") == "passed"]
-        config.hook.pytest_deselected(items=done)
-        items[:] = [x for x in items if x not in set(done)]
+        passed = lambda x: known.get(name(x.nodeid), {}).get("outcome") == "passed"  # noqa: E731
+        config.hook.pytest_deselected(items=[x for x in items if passed(x)])
+        items[:] = [x for x in items if not passed(x)]
 
 
 def pytest_configure(config):

@@ -85,6 +85,14 @@ def test_inductor(name, backend, device, monkeypatch):
     same(graded(torch.compile(run, fullgraph=True), x, state), graded(run, x, state), rtol)
 
 
+@pytest.mark.slow
+def test_inductor_where_a_scan_is_as_long_as_a_chunk():
+    """Three tokens: tensors of one size, whose memory Inductor hands on; traced, the scan's torch.cat made the variance inf."""
+    op, x, state = case("palimpsa_key", "torch", 3)
+    run = lambda x, state: everything(op, {n: y * 1 for n, y in x.items()}, state)  # noqa: E731
+    same(graded(torch.compile(run, fullgraph=True), x, state), graded(run, x, state))
+
+
 def test_a_wrong_result_is_seen():
     op, x, state = case("mamba2", "torch", 3)
     run = lambda x, state: everything(op, x, state)  # noqa: E731
