@@ -578,18 +578,20 @@ def _grads(
     before = load(G, start, end, h, H, X, x0, C, BX, 1)
     total = load_row(G, end - 1, h, H, X, x0, BX)
     seen = before if BEFORE else after
-    q_, k_ = load(q, start, end, h, H, K, k0, C, BK).to(ACC), load(k, start, end, h, H, K, k0, C, BK).to(ACC)
+    # rows as they are multiplied, float16 as bfloat16: what cancels in the sums below must be equal on both sides
+    q_ = load(q, start, end, h, H, K, k0, C, BK).to(DT).to(ACC)
+    k_ = load(k, start, end, h, H, K, k0, C, BK).to(DT).to(ACC)
     to_end = weight(total[None, :] - after, ACC)
     d_q *= c * weight(seen, ACC)
     d_k *= to_end
     reads, passed = q_ * d_q, k_ * d_k
     late = reads if BEFORE else tl.zeros([C, BK], ACC)
     if READS == 2:
-        r_ = load(r, start, end, h, H, K, k0, C, BK).to(ACC)
+        r_ = load(r, start, end, h, H, K, k0, C, BK).to(DT).to(ACC)
         d_r *= -weight(before, ACC)
         reads, late = reads + r_ * d_r, late + r_ * d_r
     if WRITES == 2:
-        w_ = load(w, start, end, h, H, K, k0, C, BK).to(ACC)
+        w_ = load(w, start, end, h, H, K, k0, C, BK).to(DT).to(ACC)
         d_w *= to_end
         passed += w_ * d_w
     tail *= weight(total, ACC)
