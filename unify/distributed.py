@@ -282,8 +282,8 @@ class Bench:
     tolerance: float = 2e-2
 
 
-def bench(rank: int, world: int, meet: str, given: Bench, out: Any) -> None:
-    """One process of a group; the first puts the figures of each model into out when it has them."""
+def bench(rank: int, world: int, meet: str, given: Bench, tell: Callable[[dict[str, Any]], object]) -> None:
+    """One process of a group; the first tells the figures of each model when it has them."""
     cuda = torch.device("cuda", rank) if given.device == "cuda" else None
     if cuda:
         torch.cuda.set_device(cuda)
@@ -292,7 +292,7 @@ def bench(rank: int, world: int, meet: str, given: Bench, out: Any) -> None:
         for model in given.models:
             found = measure(model, given)
             if rank == 0:
-                out.put(found)
+                tell(found)
     finally:
         dist.destroy_process_group()
 
@@ -318,8 +318,11 @@ def measure(model: str, given: Bench) -> dict[str, Any]:
     B, T, *sizes = given.size
 
     def draw(seed: int, T: int) -> dict[str, Tensor]:
-        x = random_inputs(op, seed, B, T, *sizes, gates="weak", dtype=torch.float32)
-        return {name: y.to(given.device, dtype if name in "qkv" else torch.float32) for name, y in x.items()}
+        """`CHECKED` tokens at most, over and over: a host takes long to draw more."""
+        x = random_inputs(op, seed, B, min(T, CHECKED), *sizes, gates="weak", dtype=torch.float32)
+        x = {name: y.to(given.device, dtype if name in "qkv" else torch.float32) for name, y in x.items()}
+        again = torch.arange(T, device=given.device) % CHECKED
+        return {**x, **{y.name: x[y.name][:, again] for y in op.recurrence.inputs if y.per != "static"}}
 
     ends = lambda T: (T * rank // world, T * (rank + 1) // world)  # noqa: E731
     start, stop = ends(min(T, CHECKED))
@@ -376,16 +379,26 @@ def groups(given: Bench, worlds: Sequence[int], tell: Callable[[dict[str, Any]],
     import tempfile
 
     for world in dict.fromkeys(worlds):
-        out = torch.multiprocessing.get_context("spawn").SimpleQueue()
         with tempfile.TemporaryDirectory() as folder:
-            try:
-                told = (world, f"{folder}/meet", given, out)
-                bench(0, *told) if world == 1 else torch.multiprocessing.spawn(bench, told, world)
-            finally:
-                while not out.empty():
-                    tell(out.get())
+            told = (world, f"{folder}/meet", given)
+            if world == 1:
+                bench(0, *told, tell)
+            else:
+                _apart(world, told, tell)
         if given.device == "cuda":
             torch.cuda.empty_cache()  # for the first of the next group
+
+
+def _apart(world: int, told: tuple, tell: Callable[[dict[str, Any]], object]) -> None:
+    """`bench` in processes of their own; what the first finds is told at once."""
+    out = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    processes, ended = torch.multiprocessing.spawn(bench, (*told, out.put), world, join=False), False
+    while not ended:
+        try:
+            ended = processes.join(timeout=0.2)
+        finally:
+            while not out.empty():
+                tell(out.get())
 
 
 def main(arguments: list[str] | None = None) -> None:
