@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from apart import apart
 from fla_hosts import FAULTS, HOSTS, IMPORTANCE
 from torch import nn
 
@@ -102,6 +103,42 @@ def test_mixers_that_use_a_known_operator_otherwise_are_left_alone(found):
 @pytest.mark.parametrize("name", ["Mamba2", "MiniMaxLightningAttention"])
 def test_a_class_of_the_same_name_elsewhere_is_not_taken_for_a_mixer(name):
     assert family(type(name, (nn.Module,), {"__module__": "mamba_ssm.modules.mamba2"})()) is None
+
+
+def test_the_first_choice_that_runs_is_taken(tmp_path):
+    (tmp_path / "choices.py").write_text(CHOICES)  # triton.jit reads a function's file
+    code = f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}, '.']; import choices"
+    assert apart(code, tmp_path) == ["tried 3", "chosen 2.0, tried 2"]
+
+
+CHOICES = """
+import os
+os.environ["TRITON_INTERPRET"] = "1"
+import torch, triton
+import triton.language as tl
+from triton.runtime.autotuner import OutOfResources
+from fla_hosts import untuned
+
+@triton.jit
+def kernel(out, N: tl.constexpr):
+    tl.store(out, N)
+
+def chosen():
+    tried = []
+    def timed(call, quantiles):
+        tried.append(call)
+        if len(tried) == 1:
+            raise OutOfResources(2, 1, "shared memory")
+        call()
+        return [0.1 / len(tried)] * 3
+    tuned = triton.autotune([triton.Config({"N": n}) for n in (1, 2, 3)], key=["out"], do_bench=timed)(kernel)
+    tuned[(1,)](out := torch.zeros(1))
+    return out.item(), len(tried)
+
+print("tried", chosen()[1])
+untuned()
+print("chosen {}, tried {}".format(*chosen()))
+"""
 
 
 @pytest.mark.gpu
