@@ -18,11 +18,18 @@ TILE = 4096  # entries of a [K, V] tile that one program may hold
 REGISTRY: dict[str, tuple] = {}  # content key -> (imported module, printed Module)
 
 
-def blocks(K: int, V: int, square: bool) -> tuple[int, int]:
-    """Block sizes (BK, BV): all key channels, and as many value channels as a tile holds."""
+def blocks(K: int, V: int, square: bool = False, back: bool = False) -> tuple[int, int, int]:
+    """Block sizes (BK, BV) and warps: all key channels, and as many value channels as a tile holds.
+
+    square: a state is [K, K], which every block of value channels updates and solves anew. So forward there is one block
+    (up to K channels) and many warps; the backward holds the square three times, and leaves the values little room.
+    """
     BK = triton.next_power_of_2(K)
-    room = max(TILE // (BK * (2 if square else 1)), 1)
-    return BK, max(min(triton.next_power_of_2(V), room), 1)
+    room = BK if square and not back else TILE // (BK * (2 if square else 1))
+    BV = max(min(triton.next_power_of_2(V), room), 1)
+    if square:
+        return BK, BV, min(max(BK * BK // 1024, 2), 16)
+    return BK, BV, 4 if BK * BV >= 2048 else 2
 
 
 def _acc(q: Tensor):
@@ -51,14 +58,15 @@ def _shape(dims: tuple[str, ...], K: int, V: int) -> list[int]:
 class _Launch:
     """Sizes and grid that forward and backward share."""
 
-    def __init__(self, key: str, inputs: list[Tensor], offsets: Tensor):
+    def __init__(self, key: str, inputs: list[Tensor], offsets: Tensor, back: bool = False):
         self.code, self.spec = REGISTRY[key]
         names = list(dict.fromkeys(x.argument for x in self.spec.inputs))
         self.inputs = dict(zip(names, (x.contiguous() for x in inputs), strict=True))
         q, v = self.inputs["q"], self.inputs["v"]
         self.q, self.H, self.K, self.V = q, q.shape[2], q.shape[3], v.shape[3]
         self.tokens, self.N = q.shape[0] * q.shape[1], len(offsets) - 1
-        self.BK, self.BV = blocks(self.K, self.V, any(s.dims == ("j", "l") for s in self.spec.states))
+        square = any(s.dims == ("j", "l") for s in self.spec.states)
+        self.BK, self.BV, warps = blocks(self.K, self.V, square, back)
         self.blocks = -(-self.V // self.BV)
         self.rows = self.N * self.H
         self.grid = (self.blocks, self.rows)
@@ -66,7 +74,7 @@ class _Launch:
             "BK": self.BK,
             "BV": self.BV,
             "ACC": _acc(q),
-            "num_warps": 4 if self.BK * self.BV >= 2048 else 2,
+            "num_warps": warps,
         }
 
     def per_state(self, *lead: int) -> list[Tensor]:
@@ -120,7 +128,7 @@ def recurrent_backward(
     d_ends: list[Tensor],
 ) -> list[Tensor]:
     """Gradients of the inputs (in order, empty where there is none), then of the initial states."""
-    at = _Launch(key, inputs, offsets)
+    at = _Launch(key, inputs, offsets, back=True)
     grads = _gradient_buffers(at)
     starts = _start_buffers(at)
     ends = (x.contiguous() for x in d_ends)
@@ -166,7 +174,7 @@ def _summed(grad: Tensor, slot) -> Tensor:
 
 @recurrent_backward.register_fake
 def _(key, inputs, marks, offsets, scale, d_o, d_variance, d_ends):
-    at = _Launch(key, inputs, offsets)
+    at = _Launch(key, inputs, offsets, back=True)
     graded = {x.argument for x in at.spec.inputs if x.name in at.spec.graded}
     return [torch.empty_like(x) if name in graded else x.new_empty(0) for name, x in at.inputs.items()] + [
         torch.empty_like(x) for x in d_ends

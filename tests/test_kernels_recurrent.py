@@ -13,9 +13,12 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 pytest.importorskip("triton")
+import triton
+import triton.language as tl
 
 from unify.errors import UnifyError
 from unify.kernels import recurrent
+from unify.kernels.tile import solve
 from unify.lower.triton import leaves
 from unify.models.zoo import ZOO, get
 from unify.op import compile
@@ -129,6 +132,31 @@ def test_long_enough_for_real_segments(monkeypatch, tmp_path):
     monkeypatch.setenv("UNIFY_CACHE", str(tmp_path))
     for errors in compare(get("palimpsa").triple, (65,), H=1, K=2, V=3):
         assert max(errors.values()) <= 1e-10
+
+
+@triton.jit
+def _solved(matrix, right, out, K, BK: tl.constexpr):
+    j = tl.arange(0, BK)
+    inside = (j < K)[:, None] & (j < K)[None, :]
+    square = tl.load(matrix + j[:, None] * K + j[None, :], mask=inside, other=0.0)
+    square += tl.where((j[:, None] == j[None, :]) & ~inside, 1.0, 0.0)  # as a prior beside padding
+    tl.store(out + j, solve(square, tl.load(right + j, mask=j < K, other=0.0), BK), mask=j < K)
+
+
+@pytest.mark.parametrize("dtype, spread, tolerance", [(torch.float64, 3, 1e-9), (torch.float32, 1, 1e-5)])
+def test_a_square_is_solved_as_closely_as_its_condition_allows(dtype, spread, tolerance):
+    """Condition numbers of about 1e6 (in float32 100) that no diagonal takes away, channels of very different size besides."""
+    make = torch.Generator().manual_seed(0)
+    turn, _ = torch.linalg.qr(torch.randn(21, 21, generator=make, dtype=torch.float64))
+    even = turn * torch.logspace(-spread, spread, 21, dtype=torch.float64) @ turn.T
+    sizes = torch.logspace(-1, 1, 21, dtype=torch.float64)
+    matrix = (sizes[:, None] * even * sizes).to(dtype)
+    for right in (torch.randn(21, generator=make, dtype=torch.float64), torch.full([21], 1e-30), torch.zeros(21)):
+        _solved[(1,)](matrix, right.to(dtype), x := torch.full([21], torch.nan, dtype=dtype), 21, BK=32)
+        want = torch.linalg.solve(matrix.double(), right.to(dtype).double())
+        assert (x.double() - want).norm() <= tolerance * want.norm()
+    _solved[(1,)](matrix, torch.full([21], torch.nan, dtype=dtype), x, 21, BK=32)
+    assert x.isnan().all()
 
 
 def test_a_new_architecture_needs_no_kernel(small):
