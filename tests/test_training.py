@@ -263,6 +263,33 @@ def test_the_validation_loss_is_the_model_s_on_the_rows_that_were_kept(validated
     assert found["held_out"] == pytest.approx(sum(losses) / 6, rel=1e-2)  # rows of a batch count by their labels
 
 
+def test_documents_of_a_row_are_kept_apart(tmp_path):
+    """The loss that the trainer found is that of every document alone; of the row as one text it would be another."""
+    (file := tmp_path / "lines.txt").write_text("".join(f"{n} {n + 1} {n + 2} is a line\n" for n in range(100, 160)))
+    data = {"path": str(file), "lines": True}
+    found = train(configured(tmp_path / "out", data=data, validation=data | {"rows": 2}, trainer={"eval_steps": STEPS}))
+    rows = first(Rows(Source(**data).once(), encoder(ByT5Tokenizer(extra_ids=0)), 128), 2)
+    model = AutoModelForCausalLM.from_pretrained(found["folder"])
+
+    def loss(pieces):
+        """Mean over all labels of (ids, labels), each read alone."""
+        counts = torch.tensor([(labels[1:] >= 0).sum() for _, labels in pieces])
+        with torch.no_grad():
+            means = torch.stack([model(x[None], labels=labels[None]).loss for x, labels in pieces])
+        return ((means * counts)[counts > 0].sum() / counts.sum()).item()
+
+    starts = [(row["position_ids"] == 0).nonzero().flatten().tolist() for row in rows]
+    ends = [[*s[1:], 128] for s in starts]
+    apart = [
+        (row["input_ids"][a:b], row["labels"][a:b])
+        for row, s, e in zip(rows, starts, ends, strict=True)
+        for a, b in zip(s, e, strict=True)
+    ]
+    assert len(apart) > 10
+    assert found["held_out"] == pytest.approx(loss(apart), rel=1e-4)
+    assert abs(loss([(row["input_ids"], row["labels"]) for row in rows]) - found["held_out"]) > 1e-3
+
+
 def test_an_interrupted_run_has_the_same_curve(validated):
     config, found = validated
     before = curve(found["folder"])

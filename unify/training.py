@@ -50,6 +50,7 @@ try:
         TrainerCallback,
         TrainerState,
         TrainingArguments,
+        default_data_collator,
     )
     from transformers.trainer_utils import get_last_checkpoint
 except ImportError as error:
@@ -427,6 +428,7 @@ def train(
     made = model(config["model"], tokenizer)
     parameters = sum(p.numel() for p in made.parameters())
     shown = {"args": given, "train_dataset": rows, "eval_dataset": held, "processing_class": tokenizer}
+    shown["data_collator"] = default_data_collator  # a tokenizer's own adds a mask, beside which positions mean nothing
     trainer = UnifyTrainer(model=made, **shown)
     trainer.remove_callback(PrinterCallback)
     tokens = given.train_batch_size * given.gradient_accumulation_steps * given.world_size * rows.length
