@@ -170,9 +170,12 @@ class Packing:
     rows: Tensor | None = None
 
     @classmethod
-    def of_mask(cls, mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"]) -> Packing:
-        """The real tokens of a padded batch, wherever the padding is."""
+    @torch.compiler.disable  # how many sequences there are is known to the data alone
+    def of_mask(cls, mask: Bool[Tensor, "B T"] | Int[Tensor, "B T"]) -> Packing | None:
+        """The real tokens of a padded batch, wherever the padding is; None if all are."""
         mask = mask.bool()
+        if mask.all():
+            return None
         lengths = mask.sum(1)
         rows = lengths.nonzero().flatten()
         offsets = F.pad(lengths[rows].cumsum(0), (1, 0))
@@ -181,12 +184,13 @@ class Packing:
         )
 
     @classmethod
+    @torch.compiler.disable
     def of_positions(cls, position_ids: Int[Tensor, "B T"]) -> Packing | None:
         """Sequences packed in rows, a new one wherever the positions do not go on by one; None if each row is one."""
         ahead = position_ids[:, 1:] != position_ids[:, :-1] + 1
-        if not ahead.any():
-            return None
         first = F.pad(ahead, (1, 0), value=True).flatten().nonzero().flatten()
+        if len(first) == len(position_ids):
+            return None
         return cls(tuple(position_ids.shape), F.pad(first, (0, 1), value=position_ids.numel()))
 
     def positions(self) -> Int[Tensor, "1 n"]:
@@ -662,10 +666,13 @@ class Layer(nn.Module):
 
 def _layout(x: Tensor, mask: Tensor | Packing | None, cu_seqlens: Tensor | None) -> Packing | None:
     """Where the sequences of x are, if not one a row. Raises UnifyError for a mask or offsets that do not fit x."""
+    if mask is not None and tuple(mask.shape) != tuple(x.shape[:2]):
+        given = f"attention_mask {list(mask.shape)}"
+        raise UnifyError(given, f"x is {list(x.shape)}", f"pass {list(x.shape[:2])}: a mask of the tokens of this call")
     packing = Packing.of_mask(mask) if torch.is_tensor(mask) else mask
     if cu_seqlens is not None:
-        if packing is not None or len(x) != 1:
-            given = f"cu_seqlens with B={len(x)}{'' if packing is None else ' and attention_mask'}"
+        if mask is not None or len(x) != 1:
+            given = f"cu_seqlens with B={len(x)}{'' if mask is None else ' and attention_mask'}"
             raise UnifyError(
                 given, "packed sequences lie in one row, without padding", "pass cu_seqlens alone, with B=1"
             )
@@ -673,9 +680,6 @@ def _layout(x: Tensor, mask: Tensor | Packing | None, cu_seqlens: Tensor | None)
         if x.device.type == "cpu" and cu_seqlens[-1] != x.shape[1]:  # on a GPU a look would wait
             given = f"cu_seqlens up to {int(cu_seqlens[-1])}"
             raise UnifyError(given, f"the offsets do not cut T = {x.shape[1]} into sequences", f"end with {x.shape[1]}")
-    if packing is not None and packing.shape != tuple(x.shape[:2]):
-        given = f"attention_mask {list(packing.shape)}"
-        raise UnifyError(given, f"x is {list(x.shape)}", f"pass {list(x.shape[:2])}: a mask of the tokens of this call")
     return packing
 
 

@@ -43,8 +43,7 @@ def padding(attention_mask: Any, inputs_embeds: Tensor, **_: Any) -> Packing | N
     """Where the real tokens of this call are, one at a time or many; None where all are."""
     if not torch.is_tensor(attention_mask) or attention_mask.ndim != 2:
         return None
-    mask = attention_mask[:, -inputs_embeds.shape[1] :].bool()
-    return None if mask.all() else Packing.of_mask(mask)
+    return Packing.of_mask(attention_mask[:, -inputs_embeds.shape[1] :])
 
 
 MASKS = {
@@ -255,7 +254,7 @@ class UnifyModel(UnifyPreTrainedModel):
             kept = {MEMORY: cache}
             made = {
                 kind: MASKS[kind](**shown, past_key_values=kept.get(kind, _attending(cache)))
-                for kind in set(self.config.layer_types)
+                for kind in dict.fromkeys(self.config.layer_types)
             }
         return made if packing is None else {**made, MEMORY: packing}
 
