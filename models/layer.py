@@ -195,9 +195,9 @@ class Packing:
 
     def positions(self) -> Int[Tensor, "1 n"]:
         """Each packed token's place in its own sequence."""
-        lengths = self.cu_seqlens.diff()
-        start = self.cu_seqlens[:-1].repeat_interleave(lengths)
-        return (torch.arange(len(start), device=start.device) - start)[None]
+        n = math.prod(self.shape) if self.index is None else len(self.index)
+        at = torch.arange(n, device=self.cu_seqlens.device)
+        return (at - self.cu_seqlens[_sequence(self.cu_seqlens, at)])[None]
 
     def pack(self, x: Tensor) -> Tensor:
         """[B, T, ...] -> [1, n, ...]."""
@@ -210,6 +210,11 @@ class Packing:
         if self.index is not None:
             x = x.new_zeros(math.prod(self.shape), *x.shape[1:]).index_copy(0, self.index, x)
         return x.unflatten(0, self.shape)
+
+
+def _sequence(cu_seqlens: Tensor, at: Tensor) -> Tensor:
+    """Which sequence the tokens at some places of a packed row belong to, without a wait for the device."""
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), at, right=True)
 
 
 def short_convolution(
@@ -235,10 +240,9 @@ def short_convolution(
     if cu_seqlens is None:
         line = torch.cat([state.to(x), x], 1)
     else:  # one line: each sequence behind its state
-        starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
-        n = torch.arange(len(starts), device=x.device)
-        at = torch.arange(T, device=x.device) + gap * (1 + n.repeat_interleave(ends - starts))
-        ahead = (starts + gap * n)[:, None] + torch.arange(gap, device=x.device)
+        token, n = torch.arange(T, device=x.device), torch.arange(len(cu_seqlens) - 1, device=x.device)
+        at = token + gap * (1 + _sequence(cu_seqlens, token))
+        ahead = (cu_seqlens[:-1] + gap * n)[:, None] + torch.arange(gap, device=x.device)
         line = x.new_zeros(T + gap * len(n), x.shape[2]).index_copy(0, at, x[0])
         line = line.index_copy(0, ahead.flatten(), state.to(x).flatten(0, 1))[None]
     y = F.conv1d(line.mT, weight[:, None], bias, groups=len(weight)).mT
