@@ -774,7 +774,9 @@ def layout(q: Tensor, v: Tensor, g: Tensor, offsets: Tensor) -> Layout:
     half = torch.float32 if triton.knobs.runtime.interpret else torch.bfloat16  # the interpreter multiplies no bfloat16
     work, wide = (q.dtype if exact else half), (torch.float64 if q.dtype == torch.float64 else torch.float32)
     # Padding of a single channel to blocks would be a column of its own; K = 1 per channel is one decay a head.
-    return Layout(offsets, B * T, len(offsets) - 1, H, K, v.shape[-1], 1 if g.ndim == 3 or K == 1 else K, work, wide)
+    return Layout(
+        offsets, B * T, offsets.shape[0] - 1, H, K, v.shape[-1], 1 if g.ndim == 3 or K == 1 else K, work, wide
+    )
 
 
 def cumulate(at: Layout, g: Tensor) -> Tensor:

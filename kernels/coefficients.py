@@ -70,7 +70,7 @@ class _Launch:
     ):
         self.code, self.spec = REGISTRY[key]
         self.batch, self.length, self.H, K, V = sizes
-        self.size, self.N, tokens = {"j": K, "i": V}, len(offsets) - 1, self.batch * self.length
+        self.size, self.N, tokens = {"j": K, "i": V}, offsets.shape[0] - 1, self.batch * self.length
         self.R = STATEFUL if self.spec.states else STATELESS
         self.slots = tokens // self.R + self.N if self.spec.states else blocks(tokens, self.R)
         self.factor = dtype

@@ -121,7 +121,7 @@ def _sizes(x: Tensor, weight: Tensor, offsets: Tensor) -> tuple[tuple[int, int],
     """The grid, its slots first, and the constants."""
     tokens, D = x.shape[0] * x.shape[1], x.shape[2]
     wide = tl.float64 if x.dtype == torch.float64 else tl.float32
-    grid = tokens // C + len(offsets) - 1, triton.cdiv(D, CHANNELS)
+    grid = tokens // C + offsets.shape[0] - 1, triton.cdiv(D, CHANNELS)
     return grid, {"W": weight.shape[1], "C": C, "CHANNELS": CHANNELS, "ACC": wide, "num_warps": 8}
 
 
@@ -134,7 +134,7 @@ def _wide(x: Tensor, *shape: int) -> Tensor:
 def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None, start: Tensor, offsets: Tensor) -> Tensor:
     y, (grid, options) = torch.empty_like(x), _sizes(x, weight, offsets)
     given = x, weight, weight if bias is None else bias, start
-    _forward[grid](*given, y, offsets, len(offsets) - 1, x.shape[2], BIAS=bias is not None, **options)
+    _forward[grid](*given, y, offsets, offsets.shape[0] - 1, x.shape[2], BIAS=bias is not None, **options)
     return y
 
 
@@ -152,7 +152,7 @@ def _convolution_backward(
     dx, d_start = torch.empty_like(x), torch.empty_like(start)
     slopes, shares = _wide(x, *x.shape), _wide(x, grid[0], weight.shape[1] + 1, x.shape[2])
     given = dy, x, weight, weight if bias is None else bias, start
-    sizes = offsets, len(offsets) - 1, x.shape[2]
+    sizes = offsets, offsets.shape[0] - 1, x.shape[2]
     _slopes[grid](*given, slopes, shares, *sizes, BIAS=bias is not None, **options)
     _hand_back[grid](slopes, weight, dx, d_start, *sizes, **options)
     return dx, d_start, shares.sum(0)

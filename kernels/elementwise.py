@@ -91,7 +91,7 @@ class _Launch:
         self.prior = prior.contiguous()
         self.spread = self.k if spread is None else spread.contiguous()
         self.bonus = self.prior if bonus is None else bonus.contiguous()
-        self.H, self.K, self.V, self.N = q.shape[2], q.shape[3], v.shape[3], len(offsets) - 1
+        self.H, self.K, self.V, self.N = q.shape[2], q.shape[3], v.shape[3], offsets.shape[0] - 1
         self.tokens, self.scale = q.shape[0] * q.shape[1], scale
         self.slots = self.tokens // self.chunk + self.N
         self.wide = torch.float64 if q.dtype == torch.float64 else torch.float32

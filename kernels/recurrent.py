@@ -64,7 +64,7 @@ class _Launch:
         self.inputs = dict(zip(names, (x.contiguous() for x in inputs), strict=True))
         q, v = self.inputs["q"], self.inputs["v"]
         self.q, self.H, self.K, self.V = q, q.shape[2], q.shape[3], v.shape[3]
-        self.tokens, self.N = q.shape[0] * q.shape[1], len(offsets) - 1
+        self.tokens, self.N = q.shape[0] * q.shape[1], offsets.shape[0] - 1
         square = any(s.dims == ("j", "l") for s in self.spec.states)
         self.BK, self.BV, warps = blocks(self.K, self.V, square, back)
         self.blocks = -(-self.V // self.BV)

@@ -240,7 +240,7 @@ def short_convolution(
     if cu_seqlens is None:
         line = torch.cat([state.to(x), x], 1)
     else:  # one line: each sequence behind its state
-        token, n = torch.arange(T, device=x.device), torch.arange(len(cu_seqlens) - 1, device=x.device)
+        token, n = torch.arange(T, device=x.device), torch.arange(cu_seqlens.shape[0] - 1, device=x.device)
         at = token + gap * (1 + _sequence(cu_seqlens, token))
         ahead = (cu_seqlens[:-1] + gap * n)[:, None] + torch.arange(gap, device=x.device)
         line = x.new_zeros(T + gap * len(n), x.shape[2]).index_copy(0, at, x[0])

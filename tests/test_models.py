@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("transformers")
 
+from apart import apart
 from test_cli import complaint, unify
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, Mamba2Config, StaticCache
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
@@ -352,6 +353,26 @@ def test_it_learns_a_sentence():
         optimizer.step()
         optimizer.zero_grad()
     assert losses[-1] < losses[0] / 5
+
+
+def test_another_number_of_packed_documents_is_no_new_graph(tmp_path):
+    """The second number makes a graph for all others. A count of sequences that is a plain int somewhere makes one for each."""
+    code = """
+import torch
+from torch._dynamo.testing import CompileCounter
+from unify.models import UnifyConfig, UnifyForCausalLM
+torch.manual_seed(0)
+sizes = dict(vocab_size=40, hidden_size=32, num_hidden_layers=2, intermediate_size=0)
+model, ids = UnifyForCausalLM(UnifyConfig(**sizes, layers='palimpsa_key', layer={'num_heads': 2})), torch.randint(40, (2, 512))
+compiled = torch.compile(model, backend=(graphs := CompileCounter()))
+for cuts in ((40, 600), (30, 70, 550), (7, 512, 610, 930, 940), (3, 512)):
+    positions = torch.cat([torch.arange(n) for n in torch.tensor([0, *cuts, 1024]).diff()]).view(2, 512)
+    given = {'input_ids': ids, 'position_ids': positions, 'labels': ids}
+    print(torch.equal(compiled(**given).loss, model(**given).loss), graphs.frame_count)
+"""
+    first, *others = (line.split() for line in apart(code, tmp_path))
+    assert [equal for equal, _ in (first, *others)] == ["True"] * 4
+    assert [int(count) for _, count in others] == [int(first[1]) + 1] * 3
 
 
 # ---- saving and loading ------------------------------------------------------------------------------------------

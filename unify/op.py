@@ -134,7 +134,7 @@ class Op:
         on_triton = backend == "triton"
         offsets = None if cu_seqlens is None else self._offsets(cu_seqlens, sizes, q, on_triton, traced)
         double = q.dtype == torch.float64 or backend == "reference"
-        count = sizes["B"] if offsets is None else len(offsets) - 1
+        count = sizes["B"] if offsets is None else offsets.shape[0] - 1
         with uncast(q.device.type):
             state = self._initial(initial_state, inputs, count, sizes, torch.float64 if double else torch.float32)
             run = self._triton if on_triton else self._in_graph if traced else self.schedules
@@ -346,7 +346,7 @@ class Op:
             not torch.is_tensor(cu_seqlens)
             or cu_seqlens.ndim != 1
             or cu_seqlens.dtype not in (torch.int64, torch.int32)
-            or len(cu_seqlens) < 2
+            or cu_seqlens.shape[0] < 2
         ):
             raise UnifyError(
                 f"cu_seqlens={cu_seqlens!r}",

@@ -149,7 +149,7 @@ def run(
     """Run packed sequences: o [B, T, H, V], the variance or None, and the final states [N, H, ...]."""
     q = inputs["q"]
     tokens = q.shape[0] * q.shape[1]
-    if _parallel(structure, plan, q) and tokens >= SHORT * (len(offsets) - 1):
+    if _parallel(structure, plan, q) and tokens >= SHORT * (offsets.shape[0] - 1):
         from . import parallel
 
         schedule = Kernels(offsets, plan.micro)
