@@ -349,9 +349,9 @@ def _walk(
     ADDED: there is a v; GAIN: a factor of it, [tokens, H].
     With one decay a head (BX = 1) a and b come as they are, and here what they are multiplied with decays instead; in REVERSE
     a is read before its token's update, b if BEFORE.
-    A program walks one of its sequence's pieces, from that one's start in s0 [N, H, pieces, K, V]. Not BORDERS: to find those starts.
-    Then last [N, H, pieces, K, V] gets what the piece before leaves of nothing, ahead of the first piece s0, and sums
-    [N, H, pieces, X] the gates' logs on the way.
+    Every sequence is walked in pieces, a program each, from their starts in s0 [N, H, pieces, K, V]. Not BORDERS: for `_pass` to
+    find these. Then last [N, H, pieces, K, V] gets, in each piece's place, what the piece before it makes of nothing (in the first
+    one's, s0 [N, H, K, V]), and sums [N, H, pieces, X] the logs of all gates on the way there.
     """
     blocks = tl.cdiv(V, BV)
     tiles = tl.cdiv(K, BK) * blocks
@@ -398,7 +398,7 @@ def _walk(
         target, inside = matrix_at(last, part, K, V, k0, v0, BK, BV)
         tl.store(target, S, mask=inside)
         j = x0 + tl.arange(0, BX)
-        tl.store(sums + part.to(tl.int64) * X + j, passed, mask=j < X)  # all blocks of values the same
+        tl.store(sums + part.to(tl.int64) * X + j, passed, mask=j < X)  # programs that share gates write the same
 
 
 @triton.jit
@@ -797,7 +797,7 @@ def kept(*pairs: Tensor | None) -> list[Tensor]:
 
 
 def cut(at: Layout, programs: int) -> int:
-    """Pieces to walk sequences in, for so many programs a piece of all. Every piece is walked twice, so two would gain nothing."""
+    """Pieces to walk each sequence in, where one makes so many programs. They are walked twice, so two of them gain nothing."""
     if not 0 < programs < BUSY:
         return 1
     pieces = min(FULL // programs, at.tokens // (C * SHORTEST * at.N))
