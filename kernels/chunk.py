@@ -12,7 +12,7 @@ inputs G is float64: gates of -30 and of -1e-6 in one chunk leave the difference
 
 With one decay a head nothing decayed is stored: the walk decays the values that it multiplies keys with, and the read forms its
 scores itself. With a decay per channel scores and decayed rows are kept (`Pairs`). Where few long sequences would leave a walk to few
-programs, what all chunks add is found at once and passed on element by element.
+programs, they are cut into pieces that are walked at once: first from nothing, for what each leaves behind, then from their own starts.
 
 A tile that a loop loads is either multiplied in it or worked on, never both: Triton (3.6.0 and 3.7.1 at least) gives a load
 with both uses one buffer too few, and on Hopper refills it while the asynchronous product still reads.
@@ -338,8 +338,8 @@ def deposit(
 @direct
 @triton.jit
 def _walk(
-    x, z, u, a, b, v, gain, G, s0, s0_n, s0_h, starts, last, offsets, c, H, K, V, X,
-    REVERSE: tl.constexpr, RANK: tl.constexpr, ADDED: tl.constexpr, GAIN: tl.constexpr, BEFORE: tl.constexpr,
+    x, z, u, a, b, v, gain, G, s0, s0_n, s0_h, starts, last, sums, offsets, c, pieces, H, K, V, X,
+    REVERSE: tl.constexpr, RANK: tl.constexpr, ADDED: tl.constexpr, GAIN: tl.constexpr, BEFORE: tl.constexpr, BORDERS: tl.constexpr,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BX: tl.constexpr, DT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """S from chunk to chunk, kept at each one's border: S <- decay S + a^T u + c b^T v with u = z - x S.
@@ -349,27 +349,39 @@ def _walk(
     ADDED: there is a v; GAIN: a factor of it, [tokens, H].
     With one decay a head (BX = 1) a and b come as they are, and here what they are multiplied with decays instead; in REVERSE
     a is read before its token's update, b if BEFORE.
+    Every sequence is walked in pieces, a program each, from their starts in s0 [N, H, pieces, K, V]. Not BORDERS: for `_pass` to
+    find these. Then last [N, H, pieces, K, V] gets, in each piece's place, what the piece before it makes of nothing (in the first
+    one's, s0 [N, H, K, V]), and sums [N, H, pieces, X] the logs of all gates on the way there.
     """
     blocks = tl.cdiv(V, BV)
     tiles = tl.cdiv(K, BK) * blocks
-    row, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    n, h, k0, v0 = row // H, row % H, tile // blocks * BK, tile % blocks * BV
+    part, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    row, piece, k0, v0 = part // pieces, part % pieces, tile // blocks * BK, tile % blocks * BV
+    n, h, x0 = row // H, row % H, k0 if BX > 1 else 0
     begin, finish = tl.load(offsets + n), tl.load(offsets + n + 1)
     first, chunks = begin // C + n, (finish - begin + C - 1) // C
-    source, inside = matrix_at(s0 + n.to(tl.int64) * s0_n + h * s0_h, row * 0, K, V, k0, v0, BK, BV)
-    S = tl.load(source, mask=inside, other=0.0).to(ACC)
-    for count in range(0, chunks):
-        chunk = chunks - 1 - count if REVERSE else count
+    walked = piece if BORDERS else piece - 1
+    source, inside = matrix_at(s0 + n.to(tl.int64) * s0_n + h * s0_h, piece, K, V, k0, v0, BK, BV)
+    S = tl.load(source, mask=inside if BORDERS else inside & (piece == 0), other=0.0).to(ACC)
+    if not BORDERS:
+        passed = tl.zeros([BX], G.dtype.element_ty)
+    begun = tl.maximum(walked, 0) * chunks // pieces
+    for count in range(0, (walked + 1) * chunks // pieces - begun):
+        chunk = chunks - 1 - begun - count if REVERSE else begun + count
         start = begin + chunk * C
         end = tl.minimum(start + C, finish)
-        at, _ = matrix_at(starts, (first + chunk) * H + h, K, V, k0, v0, BK, BV)
-        tl.store(at, S.to(starts.dtype.element_ty), mask=inside)
+        if BORDERS:
+            at, _ = matrix_at(starts, (first + chunk) * H + h, K, V, k0, v0, BK, BV)
+            tl.store(at, S.to(starts.dtype.element_ty), mask=inside)
         if RANK:
             y = dot(load(x, start, end, h, H, K, k0, C, BK), S, DT, ACC)
             base = load(z, start, end, h, H, V, v0, C, BV)
             unknown = base + y if REVERSE else base - y
             store(u, unknown, start, end, h, H, V, v0, C, BV)
-        S *= weight(load_row(G, end - 1, h, H, X, k0 if BX > 1 else 0, BX), ACC)[:, None]
+        loss = load_row(G, end - 1, h, H, X, x0, BX)
+        S *= weight(loss, ACC)[:, None]
+        if not BORDERS:
+            passed += loss
         if RANK:
             if BX == 1:
                 unknown *= near(G, start, end, h, H, True, C, ACC) if REVERSE else far(G, start, end, h, H, C, ACC)
@@ -379,28 +391,14 @@ def _walk(
             S += deposit(
                 b, v, gain, G, start, end, c, h, H, K, V, k0, v0, REVERSE, GAIN, BEFORE, C, BK, BV, BX, DT, ACC
             )
-    target, inside = matrix_at(last, row, K, V, k0, v0, BK, BV)
-    tl.store(target, S, mask=inside)
-
-
-@direct
-@triton.jit
-def _deposits(
-    b, v, gain, G, starts, offsets, c, N, H, K, V,
-    REVERSE: tl.constexpr, GAIN: tl.constexpr, BEFORE: tl.constexpr,
-    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BX: tl.constexpr, DT: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """`deposit` of all chunks at once, where `_walk` keeps the states: for `_pass`."""
-    blocks = tl.cdiv(V, BV)
-    tiles = tl.cdiv(K, BK) * blocks
-    slot, tile, h = tl.program_id(0) // tiles, tl.program_id(0) % tiles, tl.program_id(1)
-    k0, v0 = tile // blocks * BK, tile % blocks * BV
-    start, end = locate(slot, offsets, N, C)
-    if start >= end:
-        return
-    D = deposit(b, v, gain, G, start, end, c, h, H, K, V, k0, v0, REVERSE, GAIN, BEFORE, C, BK, BV, BX, DT, ACC)
-    at, inside = matrix_at(starts, slot * H + h, K, V, k0, v0, BK, BV)
-    tl.store(at, D.to(starts.dtype.element_ty), mask=inside)
+    if BORDERS:
+        target, inside = matrix_at(last, row, K, V, k0, v0, BK, BV)
+        tl.store(target, S, mask=inside & (piece == pieces - 1))
+    else:
+        target, inside = matrix_at(last, part, K, V, k0, v0, BK, BV)
+        tl.store(target, S, mask=inside)
+        j = x0 + tl.arange(0, BX)
+        tl.store(sums + part.to(tl.int64) * X + j, passed, mask=j < X)  # programs that share gates write the same
 
 
 @triton.jit
@@ -408,70 +406,22 @@ def _join(a1, x1, a2, x2):
     return a1 * a2, a2 * x1 + x2
 
 
-@triton.jit
-def _places(order, chunks, first, h, H, e, K, V, REVERSE: tl.constexpr):
-    """Where the matrices of some chunks lie, in the order of the walk, and which there are; [STEP, BLOCK]."""
-    chunk = first + tl.minimum(chunks - 1 - order if REVERSE else order, chunks)
-    return ((chunk * H + h) * K * V)[:, None] + e[None, :], (order < chunks)[:, None] & (e < K * V)[None, :]
-
-
-@triton.jit
-def _some(
-    D,
-    G,
-    order,
-    chunks,
-    begin,
-    finish,
-    first,
-    h,
-    H,
-    e,
-    K,
-    V,
-    X,
-    REVERSE: tl.constexpr,
-    C: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """Decays and deposits of some chunks, [STEP, BLOCK]; nothing past the last."""
-    at, live = _places(order, chunks, first, h, H, e, K, V, REVERSE)
-    chunk = chunks - 1 - order if REVERSE else order
-    end = tl.minimum(begin + (chunk + 1) * C, finish)
-    loss = tl.load(G + (((end - 1) * H + h) * X)[:, None] + (e // V % X)[None, :], mask=live, other=0.0)
-    return weight(loss, ACC), tl.load(D + at, mask=live, other=0.0).to(ACC)
-
-
 @direct
 @triton.jit
-def _pass(
-    D, G, s0, s0_n, s0_h, last, offsets, H, K, V, X,
-    REVERSE: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """In place, D[chunk] := S, S <- decay S + D[chunk], from chunk to chunk of a sequence: STEP of them at once, and the next ones
-    are loaded before these are stored."""
+def _pass(S, sums, pieces, K, V, X, STEP: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    """In place, S[piece] += exp(sums[piece]) S[piece - 1], the state each piece starts with; STEP of them at once."""
     blocks = tl.cdiv(K * V, BLOCK)
-    row, e, order = (
-        tl.program_id(0) // blocks,
-        tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK),
-        tl.arange(0, STEP),
-    )
-    n, h = row // H, row % H
-    begin, finish = tl.load(offsets + n), tl.load(offsets + n + 1)
-    first, chunks = begin // C + n, (finish - begin + C - 1) // C
-    ends = row.to(tl.int64) * K * V + e
-    S = tl.load(s0 + n.to(tl.int64) * s0_n + h * s0_h + e, mask=e < K * V, other=0.0).to(ACC)
-    decay, x = _some(D, G, order, chunks, begin, finish, first, h, H, e, K, V, X, REVERSE, C, ACC)
-    at, live = _places(order, chunks, first, h, H, e, K, V, REVERSE)
-    tl.store(D + at, S[None, :].to(D.dtype.element_ty), mask=live & (order == 0)[:, None])
-    for count in range(0, chunks, STEP):
-        kept, added = tl.associative_scan((decay, x), 0, _join)
-        behind = kept * S[None, :] + added  # the state behind each chunk, kept at the next one's place
-        decay, x = _some(D, G, count + STEP + order, chunks, begin, finish, first, h, H, e, K, V, X, REVERSE, C, ACC)
-        at, live = _places(count + 1 + order, chunks, first, h, H, e, K, V, REVERSE)
-        tl.store(D + at, behind.to(D.dtype.element_ty), mask=live)
-        S = tl.sum(tl.where((order == STEP - 1)[:, None], behind, 0.0), 0)
-    tl.store(last + ends, S, mask=e < K * V)
+    row, e = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    order, state = tl.arange(0, STEP), tl.zeros([BLOCK], ACC)
+    for first in range(0, pieces, STEP):
+        part = (row.to(tl.int64) * pieces + first + order)[:, None]
+        live = (first + order < pieces)[:, None] & (e < K * V)[None, :]
+        at = S + part * (K * V) + e[None, :]
+        decay = weight(tl.load(sums + part * X + (e // V % X)[None, :], mask=live, other=0.0), ACC)
+        kept, added = tl.associative_scan((decay, tl.load(at, mask=live, other=0.0)), 0, _join)
+        states = kept * state[None, :] + added
+        tl.store(at, states, mask=live)
+        state = tl.sum(tl.where((order == STEP - 1)[:, None], states, 0.0), 0)
 
 
 @direct
@@ -682,7 +632,6 @@ TILES = {
     "channel scores of two": (32, 64, 4, 3),  # on an H100 287 / 719; 32x8 404 / 1002, 16x4 326 / 787, 16x8 567 / 1450
     "channel scores": (32, 64, 8, 3),  # 153 / 388; 32x4 177 / 415, 64x4 199 / 390
     "linear walk": (64, 32, 4, 3),  # 72 / 420; 64x64x4 84 / 540, 32x32x4 92 / 488, 64x16x4 119
-    "deposits": (64, 64, 4, 1),  # on an H100 - / 98; 64x128x8 94, 128x64x4 96, 64x32x4 125
     "rank walk": (0, 32, 4, 2),  # forward 139 / 939, backward 328 / 1182; three stages leave room for one program: 203
     "rank walk back": (0, 64, 8, 2),  # backward 223 / 1648, forward 174 / 1303
     "rank walk few": (0, 16, 4, 3),  # forward 201 / 593, backward 415 / 1007
@@ -695,8 +644,10 @@ TILES = {
     "solve": (0, 32, 4, 1),  # all key channels, and tokens: - / 893; 64x8 1007, 16x4 1031, 32x8 1057, 64x4 1951
     "solve exact": (0, 32, 8, 1),  # float32: 16 tokens, for want of registers
 }
-BUSY = 128  # programs of a walk below which much of the chip idles: there chunks are summed first, then passed on
-PASS = 16, 64  # chunks and elements at once
+BUSY = 128  # programs of a walk below which much of the chip idles: there sequences are walked in pieces,
+FULL = 640  # at most so many programs: five fit on each of 132 multiprocessors, and more would wait for these
+SHORTEST = 8  # chunks of a piece, on average
+PASS = 16, 64  # pieces and elements at once
 
 
 def power(n: int) -> int:
@@ -847,6 +798,14 @@ def kept(*pairs: Tensor | None) -> list[Tensor]:
     return [x for x in pairs if x is not None]
 
 
+def cut(at: Layout, programs: int) -> int:
+    """Pieces to walk each sequence in, where one makes so many programs. They are walked twice, so two of them gain nothing."""
+    if not 0 < programs < BUSY:
+        return 1
+    pieces = min(FULL // programs, at.tokens // (C * SHORTEST * at.N))
+    return pieces if pieces > 2 else 1
+
+
 def walk(
     at: Layout, G: Tensor, s0: Tensor, rank: tuple[Tensor, Tensor, Tensor] | None, added: tuple[Tensor, Tensor] | None,
     c: float = 1.0, reverse: bool = False, before: bool = False, gain: Tensor | None = None, keep: torch.dtype | None = None,
@@ -855,8 +814,6 @@ def walk(
 
     keep: type of the states at chunks' borders, if not that of the operands.
     """
-    if rank is None and at.N * at.H * blocks(at.K, 64) * blocks(at.V, 32) < BUSY:
-        return *_passed(at, G, s0, *added, c, reverse, before, gain, keep), None
     states, last = at.states_like(s0, keep), s0.new_empty(s0.shape)
     x, z, a = rank or (G, G, G)
     b, v = added or (G, G)
@@ -867,10 +824,26 @@ def walk(
         kind = " tall" if at.K > 128 else " few" if few else " back" if reverse else ""
         name = "rank walk" + kind
     BK, BV, launch = at.tile(name, at.K, at.V)
-    _walk[at.N * at.H * blocks(at.K, BK) * blocks(at.V, BV),](
-        x, z, u if rank else G, a, b, v, G if gain is None else gain, G, *strided(s0), states, last, at.offsets, c, at.H, at.K, at.V, at.X,
-        reverse, rank is not None, added is not None, gain is not None, before, BK=BK, BV=BV, BX=at.wide_gate(BK), **launch,
-    )  # fmt: skip
+    programs = at.N * at.H * blocks(at.K, BK) * blocks(at.V, BV)
+    pieces = 1 if rank else cut(at, programs)
+
+    def over(begun: Tensor, ends: Tensor, sums: Tensor, borders: bool) -> None:
+        _walk[programs * pieces,](
+            x, z, u if rank else G, a, b, v, G if gain is None else gain, G, *strided(begun), states, ends, sums, at.offsets, c, pieces,
+            at.H, at.K, at.V, at.X, reverse, rank is not None, added is not None, gain is not None, before, borders,
+            BK=BK, BV=BV, BX=at.wide_gate(BK), **launch,
+        )  # fmt: skip
+
+    if pieces > 1:
+        begun = at.empty(s0, at.N, at.H, pieces, at.K, at.V, dtype=at.wide)
+        sums = at.empty(G, at.N, at.H, pieces, at.X, dtype=G.dtype)
+        over(s0, begun, sums, False)
+        step, block = PASS
+        _pass[at.N * at.H * blocks(at.K * at.V, block),](
+            begun, sums, pieces, at.K, at.V, at.X, step, block, TYPES[at.wide], num_warps=1
+        )
+        s0 = begun[:, :, 0]
+    over(s0, last, G, True)
     return states, last, u
 
 
@@ -887,22 +860,6 @@ def strided(*states: Tensor) -> tuple[Tensor | int, ...]:
         states = tuple(x.contiguous() for x in states)
         strides = states[0].stride()
     return *states, *strides[:2]
-
-
-def _passed(at, G, s0, b, v, c, reverse, before, gain, keep) -> tuple[Tensor, Tensor]:
-    """`walk` for few long sequences: what every chunk adds is found for all of them at once, then passed on element by element."""
-    states, last = at.states_like(s0, keep), s0.new_empty(s0.shape)
-    BK, BV, launch = at.tile("deposits", at.K, at.V)
-    _deposits[at.slots * blocks(at.K, BK) * blocks(at.V, BV), at.H](
-        b, v, G if gain is None else gain, G, states, at.offsets, c, at.N, at.H, at.K, at.V,
-        reverse, gain is not None, before, BK=BK, BV=BV, BX=at.wide_gate(BK), **launch,
-    )  # fmt: skip
-    step, block = PASS
-    _pass[at.N * at.H * blocks(at.K * at.V, block),](
-        states, G, *strided(s0), last, at.offsets, at.H, at.K, at.V, at.X,
-        reverse, C, step, block, TYPES[at.wide], num_warps=1,
-    )  # fmt: skip
-    return states, last
 
 
 def read(

@@ -68,7 +68,7 @@ def launch(name: str) -> None:
         planted[(1,)](x, x, torch.zeros(64, 64), 256, C=64, num_warps=4, num_stages=2)
         return
     from unify.contest import Size, draw
-    from unify.kernels import direct, elementwise
+    from unify.kernels import chunk, direct, elementwise
     from unify.models.zoo import get
     from unify.op import compile
 
@@ -78,8 +78,12 @@ def launch(name: str) -> None:
     model, K, V = name.split(":")
     op = compile(get(model).triple, "triton", checked=False)
     given = {n: x.requires_grad_() for n, x in draw(op, Size(1, 256, 16, int(K), int(V)), "cpu").items()}
-    o = op(**given)
-    o.backward(torch.ones_like(o))
+    cut = chunk.cut
+    for pieces in (1, 3):  # walks over whole sequences, and in pieces
+        chunk.cut = lambda at, programs, pieces=pieces: pieces
+        o = op(**given)
+        o.backward(torch.ones_like(o))
+    chunk.cut = cut
     elementwise._Launch.tile = tile
 
 

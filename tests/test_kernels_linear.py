@@ -79,14 +79,20 @@ def _interpreted(request):
         pytest.skip("runs in the interpreter; test_on_the_gpu is for this machine")
 
 
-@pytest.fixture(params=["walked", "passed on"])
-def schedule(request, monkeypatch):
-    """Both ways from chunk to chunk, whatever the sizes; the second in steps of two chunks."""
-    monkeypatch.setattr(chunk, "BUSY", 0 if request.param == "walked" else 10**9)
+def in_pieces(monkeypatch, pieces):
+    """Walks in so many pieces, whatever the sizes; starts are found for two of them at once."""
+    monkeypatch.setattr(chunk, "cut", lambda at, programs: pieces)
     monkeypatch.setattr(chunk, "PASS", (2, 16))
 
 
+@pytest.fixture(params=[1, 5], ids=["whole", "in pieces"])
+def schedule(request, monkeypatch):
+    """Both ways from chunk to chunk; pieces of a chunk, and more of them than most sequences have chunks."""
+    in_pieces(monkeypatch, request.param)
+
+
 NAMES = ["o", "s_T", "dq", "dk", "dv", "dg", "ds0"]
+LAYOUT = chunk.Layout(torch.tensor([0]), 0, 0, 1, 128, 128, 1, torch.bfloat16, torch.float32)
 
 
 def compare(offsets, B, H, K, V, dtype, channels, before, kind="mixed", device="cpu"):
@@ -147,6 +153,86 @@ def test_planted_error_is_seen(monkeypatch):
     monkeypatch.setattr(chunk, "_read", Late())
     with pytest.raises(AssertionError, match="o: relative error"):
         compare([0, 65], 1, 1, 3, 2, torch.float64, False, False)
+
+
+@pytest.mark.parametrize("kind", ["mixed", "weak"])
+@pytest.mark.parametrize("channels", [False, True], ids=["head", "channel"])
+def test_pieces_of_several_chunks_match_the_loop(poisoned, monkeypatch, channels, kind):
+    """7 and 5 chunks in 3 pieces, packed beside an empty sequence and one of a chunk."""
+    in_pieces(monkeypatch, 3)
+    compare([0, 7 * 64 - 1, 7 * 64 - 1, 7 * 64, 11 * 64 + 1], 1, 1, 3, 2, torch.float64, channels, False, kind)
+
+
+def test_a_piece_that_forgets_is_seen(monkeypatch):
+    """Each starts with what the piece before it leaves, but not with what lies before that."""
+
+    class Forgets:
+        def __getitem__(self, grid):
+            return lambda *a, **k: None
+
+    sizes = [0, 3 * 64], 1, 1, 3, 2, torch.float32, False, False, "weak"
+    in_pieces(monkeypatch, 3)
+    compare(*sizes)
+    monkeypatch.setattr(chunk, "_pass", Forgets())
+    with pytest.raises(AssertionError, match="o: relative error"):
+        compare(*sizes)
+
+
+@pytest.mark.parametrize("X", [1, 5], ids=["head", "channel"])
+@pytest.mark.parametrize(
+    "reverse, before, gained, keep",
+    [(False, False, True, None), (False, False, False, torch.float32), (True, False, True, None), (True, True, False, None)],
+)  # fmt: skip
+def test_a_walk_in_pieces_is_the_walk(poisoned, monkeypatch, X, reverse, before, gained, keep):
+    """States at all borders and at the end, of sequences with more and with fewer chunks than pieces; all share one start."""
+    offsets = [*PACKED, 193 + 7 * 64, 193 + 7 * 64 + 1]
+    q, k, v, g, s0 = case(offsets, 1, 1, 5, 3, torch.float64, X > 1)
+    at = chunk.layout(q, v, g, torch.tensor(offsets))
+    G, start = chunk.cumulate(at, g), s0[0, 0].expand(s0.shape)
+    gain = v[..., 0].exp() if gained else None
+    found = []
+    for pieces in (1, 4, 9):
+        in_pieces(monkeypatch, pieces)
+        *states, _ = chunk.walk(at, G, start, None, (k, v), 0.7, reverse, before, gain, keep)
+        found.append(states)
+    chunks = sum(-(-(b - a) // 64) for a, b in pairwise(offsets))
+    assert found[0][0].isfinite().sum() == chunks * 5 * 3
+    for states in found[1:]:
+        torch.testing.assert_close(states, found[0], equal_nan=True)
+
+
+def test_few_long_sequences_are_walked_in_pieces(poisoned, monkeypatch):
+    """And give what a walk gives that is not cut."""
+    q, k, v, g, s0 = case([0, 3 * 512], 1, 1, 4, 4, torch.float64, False, "weak")
+    run = lambda: linear(q, k, v, g, s0, torch.tensor([0, 3 * 512]), scale=SCALE)  # noqa: E731
+    cut, seen = chunk.cut, []
+    monkeypatch.setattr(chunk, "cut", lambda *a: seen.append(cut(*a)) or seen[-1])
+    found = run()
+    monkeypatch.setattr(chunk, "BUSY", 0)
+    torch.testing.assert_close(found, run())
+    assert seen == [3, 1]
+
+
+def test_gates_that_end_all_and_gates_of_nothing(poisoned, monkeypatch):
+    """Of sums of strong logs exp is 0 and stays so; without gates the last state is the sum of all that was written."""
+    in_pieces(monkeypatch, 4)
+    q, k, v, g, s0 = case([0, 9 * 64], 1, 1, 4, 4, torch.float32, True)
+    at = torch.tensor([0, 9 * 64])
+    for level in (-30.0, -800.0, -torch.inf):
+        last = linear(q, k, v, torch.full_like(g, level), s0, at, scale=SCALE)[1]
+        own = k[0, -1, 0][:, None] * v[0, -1, 0]
+        torch.testing.assert_close(last[0, 0], own, rtol=1e-6, atol=1e-12)
+    last = linear(q, k, v, torch.zeros_like(g), s0, at, scale=SCALE)[1]
+    torch.testing.assert_close(last[0, 0], s0[0, 0] + k[0, :, 0].T @ v[0, :, 0], rtol=1e-5, atol=1e-5)
+
+
+def test_pieces_fill_the_chip_and_are_no_shorter_than_they_may():
+    cut = lambda tokens, N, programs: chunk.cut(LAYOUT._replace(tokens=tokens, N=N), programs)  # noqa: E731
+    assert cut(32768, 1, 64) == 10
+    assert cut(32768, 1, 1) == 64  # of 8 chunks each
+    assert cut(32768, 8, 8) == 8
+    assert cut(32768, 1, chunk.BUSY) == cut(2 * 512, 1, 8) == cut(0, 1, 8) == cut(0, 0, 0) == 1
+    assert cut(3 * 512, 1, 8) == 3
 
 
 def test_slots_hold_the_chunks_of_any_packing():

@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
 
 pytest.importorskip("triton")
 
-from test_kernels_linear import agree, gates, graded
+from test_kernels_linear import agree, gates, graded, in_pieces
 from test_kernels_recurrent import compare as compare_op
 from test_kernels_recurrent import results, worst
 
@@ -115,6 +115,13 @@ def compare(x, offsets, before=False, device="cpu", tolerance=None):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_packed_sequences_with_all_gates_match_dense_solves(poisoned, dtype, token, before):
     compare(case(PACKED, 1, 1, 5, dtype, token), PACKED, before)
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["after", "before"])
+def test_memories_carried_in_pieces(poisoned, monkeypatch, before):
+    in_pieces(monkeypatch, 5)
+    offsets = [*PACKED, 193 + 130]
+    compare(case(offsets, 1, 2, 5, torch.float64), offsets, before)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
