@@ -475,7 +475,7 @@ def test_the_rate_is_chosen_by_the_mean_and_the_spread_is_shown():
     assert (best.model, best.lr, best.mean, best.accuracies, best.lrs) == ("palimpsa", 1e-3, 0.8, (0.9, 0.7), 2)
     assert [(s.model, str(s.task)) for s in found] == [("palimpsa", "16x2"), ("mamba2", "16x2"), ("mamba2", "32x4")]
     page = markdown(found)
-    assert "| 16x2 | 2 | Palimpsa | 0.800 | 0.700 to 0.900 | 2 | 0.001, best of 2 | 160 | 100 | 5 |  |" in page
+    assert "| 16x2 | 2 | Palimpsa | 0.800 | 0.900 0.700 | 0.001, best of 2 | 160 | 100 | 5 |  |" in page
     assert "| flops a token | read at 32x2 |" in page
     assert "| 160 | 100 | 5 | 0.250 |" in page
     with pytest.raises(UnifyError, match="nothing to show"):
@@ -521,6 +521,10 @@ def test_sentences_follow_from_the_numbers():
     assert not any("disagree" in text for text in open_questions(standings(runs), agreed))
     few = open_questions(standings(runs[:2] + runs[3:5]), [])
     assert few[0] == "Fewer than 3 seeds: 2 of the 2 rows of the table."
+    late = [record("gla", v, seed=s, task=Task(16, 4, vocab=16)) for s, v in enumerate((0.49, 0.51, 0.1))]
+    begun = "16x4, 2 steps: recall had not begun (an accuracy below twice that of a guess among the sequence's values) in GLA 2 of 3 runs."
+    assert open_questions(standings(late), [])[0].startswith(begun)
+    assert not any("had not begun" in text for text in open_questions(standings(late[1:2]), []))
     alone = comparisons(standings([runs[0], runs[3]]))
     assert alone[0][0].endswith("in 1 of 1 seed: 0.900 against 0.500.")
     assert comparisons(standings([runs[0], runs[4]])) == []  # no seed in common

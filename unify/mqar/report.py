@@ -22,6 +22,7 @@ PAIRS = (
 )  # fmt: skip
 ENOUGH = 3  # seeds
 RISING = 0.01  # accuracy gained by the last look at it
+GUESSED = 2.0  # times the accuracy of a guess among a sequence's values: below it recall has not begun
 
 
 @dataclass(frozen=True)
@@ -109,15 +110,15 @@ def _best(by_lr: dict[float, dict[int, dict]]) -> float:
 
 
 def markdown(found: list[Standing]) -> str:
-    """A table: accuracy as the mean over seeds, the least and the largest; cost beside it; then each other task that was read."""
+    """A table: accuracy as the mean over seeds, and of each of them; cost beside it; then each other task that was read."""
     others = list(dict.fromkeys(t for s in found for t in s.others))
-    titles = ["task", "steps", "model", "accuracy", "least to largest", "seeds", "learning rate", "state, bytes", "parameters",
+    titles = ["task", "steps", "model", "accuracy", "of each seed", "learning rate", "state, bytes", "parameters",
               "flops a token", *(f"read at {t}" for t in others)]  # fmt: skip
     lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     for s in found:
-        ends = f"{min(s.accuracies):.3f} to {max(s.accuracies):.3f}"
+        each = " ".join(f"{x:.3f}" for x in s.accuracies)
         rate = f"{s.lr:.2g}, best of {s.lrs}" if s.lrs > 1 else f"{s.lr:.2g}"
-        cells = [s.task, f"{s.steps:,}", s.label, f"{s.mean:.3f}", ends, len(s.seeds), rate, f"{s.state:,}", f"{s.parameters:,}",
+        cells = [s.task, f"{s.steps:,}", s.label, f"{s.mean:.3f}", each, rate, f"{s.state:,}", f"{s.parameters:,}",
                  f"{s.flops:,}", *(f"{mean(s.others[t]):.3f}" if t in s.others else "" for t in others)]  # fmt: skip
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
@@ -160,6 +161,15 @@ def open_questions(found: list[Standing], said: list[tuple[str, int, int]]) -> l
     few = [s for s in found if len(s.seeds) < ENOUGH]
     if few:
         out.append(f"Fewer than {ENOUGH} seeds: {len(few)} of the {len(found)} rows of the table.")
+    stuck: dict[str, list[str]] = defaultdict(list)
+    for s in found:
+        if n := sum(x < GUESSED / s.task.pairs for x in s.accuracies):
+            stuck[f"{s.task}, {s.steps:,} steps"].append(f"{s.label} {n} of {len(s.seeds)}")
+    for where, who in stuck.items():
+        out.append(
+            f"{where}: recall had not begun (an accuracy below twice that of a guess among the sequence's values) in {', '.join(who)} "
+            "runs. These say how fast a model learns, and nothing of what it holds."
+        )
     ends = [c for s in found for c in s.curves]
     rising = sum(len(c) > 1 and c[-1][2] - c[-2][2] > RISING and c[-1][2] <= SOLVED for c in ends)
     if rising:
