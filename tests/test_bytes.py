@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
+from apart import apart
 from test_cli import complaint, too_wide
 from test_cli import unify as command
 
@@ -209,6 +210,25 @@ def test_a_run_learns_and_repeats(corpus):
     assert train(replace(run, seed=2), corpus)["curve"] != record["curve"]
 
 
+def test_a_compiled_run_is_the_run(tmp_path):
+    """In a process of its own, where signatures are not checked; and the last of many is compiled too."""
+    (tmp_path / "a.py").write_text("".join(f"name_{n % 7} = {n}\n" for n in range(400)))
+    (tmp_path / "b.py").write_text("".join(f"other_{n % 5} = {n}\n" for n in range(400)))
+    code = (
+        "import torch\nfrom pathlib import Path\nfrom unify.bytes.corpus import Corpus\nfrom unify.bytes.run import Run\n"
+        "from unify.bytes.sweep import sweep\n"
+        "corpus = Corpus.read(['.'], length=32, size=4000, windows=8, share=0.5)\n"
+        "torch._dynamo.config.recompile_limit, torch._dynamo.config.fail_on_recompile_limit_hit = 1, True\n"
+        f"runs = [Run('palimpsa_key', seed=n, **{SMALL}) for n in (1, 2)]\n"
+        "made, whole = [], torch.compile\n"
+        "torch.compile = lambda f, **_: made.append(1) or whole(f, backend='eager', dynamic=False)\n"
+        "plain, compiled = (sweep(runs, corpus, Path(f'{x}.jsonl'), compiled=x) for x in (False, True))\n"
+        "same = [abs(a['bits'] - b['bits']) < 1e-4 for a, b in zip(plain, compiled, strict=True)]\n"
+        "print(len(made), same, [x['on'].endswith('torch.compile') for x in (*plain, *compiled)])"
+    )
+    assert apart(code, tmp_path) == ["2 [True, True] [False, False, True, True]"]
+
+
 def test_models_see_the_same_rows_and_every_row_before_one_again():
     run = Run("transformer", **{**SMALL, "steps": 10})
     rows = order(8, run).flatten()
@@ -269,7 +289,7 @@ def test_minutes_are_spent_and_not_overspent(corpus, tmp_path, monkeypatch):
 
 
 def test_a_model_that_does_not_run_is_left_out_of_the_plan(monkeypatch):
-    def fails(run, device):
+    def fails(run, device, compiled):
         if run.model == "mamba2":
             raise RuntimeError("no kernel")
         return 0.1, 0.1

@@ -37,6 +37,7 @@ def compare_bytes(
     layers: Annotated[int | None, typer.Option("--layers", min=1, help="Layers of every model.")] = None,
     windows: Annotated[int | None, typer.Option("--windows", min=1, help="Held-out windows to read.")] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, or auto: what there is.")] = "auto",
+    compiled: Annotated[bool, typer.Option("--compile", help="Through torch.compile.")] = False,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="One line of JSON a run; runs in it are not done again.")
     ] = Path("bytes.jsonl"),
@@ -60,9 +61,9 @@ def compare_bytes(
     device, say = _device(device), _Says(len(runs))
     until = None if minutes is None else begin + 60 * minutes
     say.sizes(runs)
-    runs, takes = _planned(runs, tokens, until, device, output, say)
+    runs, takes = _planned(runs, tokens, until, device, compiled, output, say)
     corpus = _corpus(folders, pattern, runs[0], say)
-    sweep(runs, corpus, output, device=device, takes=takes, until=until, say=say)
+    sweep(runs, corpus, output, device=device, compiled=compiled, takes=takes, until=until, say=say)
     found = load(output)
     if report is not None and found:
         from .bytes.report import write
@@ -75,7 +76,9 @@ def compare_bytes(
         _console().print(f"runs: {output}", style="dim", markup=False)
 
 
-def _planned(runs: list, tokens: float | None, until: float | None, device: str, output: Path, say: _Says) -> tuple:
+def _planned(
+    runs: list, tokens: float | None, until: float | None, device: str, compiled: bool, output: Path, say: _Says
+) -> tuple:
     """(runs with the steps that they make, what each model takes or None)."""
     from dataclasses import replace
 
@@ -88,9 +91,9 @@ def _planned(runs: list, tokens: float | None, until: float | None, device: str,
         return runs, None
     steps = runs[0].steps if tokens is not None else begun(runs, output)
     done = {(r["run"]["model"], r["run"]["lr"], r["run"]["seed"]) for r in load(output) if r["run"]["steps"] == steps}
-    takes = paces([run for run in runs if (run.model, run.lr, run.seed) not in done], device, say)
+    takes = paces([run for run in runs if (run.model, run.lr, run.seed) not in done], device, say, compiled=compiled)
     if steps is None:
-        steps = affordable(runs, takes, until - time.monotonic())
+        steps = affordable(runs, takes, until - time.monotonic(), compiled)
     runs = [replace(run, steps=steps) for run in runs]
     say.line(f"each model sees {runs[0].tokens:,} bytes in {steps} steps")
     return [run for run in runs if run.model in takes or (run.model, run.lr, run.seed) in done], takes

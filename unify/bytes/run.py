@@ -109,9 +109,10 @@ def cost(config) -> dict[str, int]:
 
 class Trainee:
     """A model with its optimizer: AdamW (0.9, 0.95; weight decay 0.1 on matrices), gradients clipped at norm 1; the rate rises
-    over the first twentieth and falls on a cosine to 0. Weights in float32; on a GPU all but the head in bfloat16."""
+    over the first twentieth and falls on a cosine to 0. Weights in float32; on a GPU all but the head in bfloat16. compiled: what
+    is trained on goes through torch.compile; what is only read does not."""
 
-    def __init__(self, run: Run, device: str):
+    def __init__(self, run: Run, device: str, compiled: bool = False):
         from transformers import get_cosine_schedule_with_warmup
 
         from unify.models import UnifyForCausalLM
@@ -127,6 +128,7 @@ class Trainee:
             groups, lr=run.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=device == "cuda"
         )
         self.schedule = get_cosine_schedule_with_warmup(self.optimizer, run.steps // 20, run.steps)
+        self.missed = torch.compile(self.loss, dynamic=False) if compiled else self.loss
 
     def logits(self, rows: Tensor) -> Tensor:
         """[B, T - 1, 256], float32: of the bytes after the first, from rows [B, T] uint8."""
@@ -134,9 +136,13 @@ class Trainee:
             hidden = self.model.model(rows.long(), use_cache=False).last_hidden_state[:, :-1]
         return F.linear(hidden.float(), self.model.lm_head.weight)
 
+    def loss(self, rows: Tensor) -> Tensor:
+        """Mean nats of a byte of rows [B, T]."""
+        return F.cross_entropy(self.logits(rows).flatten(0, 1), rows[:, 1:].flatten().long())
+
     def step(self, rows: Tensor) -> Tensor:
-        """One step on rows [B, T]; the loss, in nats a byte, still on the device."""
-        loss = F.cross_entropy(self.logits(rows).flatten(0, 1), rows[:, 1:].flatten().long())
+        """One step on rows [B, T]; the loss, still on the device."""
+        loss = self.missed(rows)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -170,9 +176,9 @@ def _wait(device: str) -> float:
     return time.perf_counter()
 
 
-def pace(run: Run, device: str, repeats: int = 5) -> tuple[float, float]:
-    """Seconds of a training step and of reading a batch, compiled before; on random bytes."""
-    trainee = Trainee(run, device)
+def pace(run: Run, device: str, compiled: bool = False, repeats: int = 5) -> tuple[float, float]:
+    """Seconds of a training step and of reading a batch, both of which ran before; on random bytes."""
+    trainee = Trainee(run, device, compiled)
     rows = torch.randint(BYTES, (run.batch, run.length), dtype=torch.uint8).to(device)
 
     def timed(work: Callable[[], object]) -> float:
@@ -190,17 +196,19 @@ def train(
     corpus: Corpus,
     device: str = "cpu",
     *,
+    compiled: bool = False,
     found: Repeats | None = None,
     progress: Callable[[int, float, float], None] = lambda step, loss, bits: None,
 ) -> dict[str, Any]:
     """Train once and measure; the record of a run, ready for JSON.
 
-    found: the repeats in the corpus's windows, if they are known. progress: is told step, training and held-out bits per byte.
+    compiled: through torch.compile. found: the repeats in the corpus's windows, if they are known. progress: is told step, training
+    and held-out bits per byte.
     Returns the run, its cost, the curve [[bytes seen, training bits, held-out bits]] on `WATCHED` windows, what `measure` finds
     on all, bytes a second of training (first step and measurements aside), seconds in all, device and versions.
     """
     begin = time.perf_counter()
-    trainee = Trainee(run, device)
+    trainee = Trainee(run, device, compiled)
     text = torch.from_numpy(corpus.stream.copy()).to(device)
     text = text[: len(text) // run.length * run.length].view(-1, run.length)
     windows = torch.from_numpy(corpus.windows[: run.windows].copy()).to(device)
@@ -225,7 +233,11 @@ def train(
     record |= {"width": trainee.model.config.intermediate_size, "curve": curve}
     record |= {"files": corpus.files, "text": len(corpus.stream), "read": int(windows.numel())}
     pace = (run.steps - 1) * run.batch * run.length / busy if busy else None
-    return record | {"pace": pace, "seconds": time.perf_counter() - begin, "on": _machine(device)}
+    return record | {
+        "pace": pace,
+        "seconds": time.perf_counter() - begin,
+        "on": _machine(device) + ", torch.compile" * compiled,
+    }
 
 
 def _machine(device: str) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from unify.errors import UnifyError
-from unify.mqar.sweep import add
+from unify.mqar.sweep import add, forget_graphs
 from unify.mqar.sweep import load as _lines
 
 from .corpus import Corpus
@@ -25,6 +25,7 @@ Paces = dict[str, tuple[float, float]]  # of a model: seconds of a step, and of 
 
 STARTING = 10.0  # seconds that reading the text takes, about
 BETWEEN = 3.0  # seconds that a run takes beside its steps and readings
+COMPILING = 20.0  # and more through torch.compile, which finds most of it in its cache
 SPARE = 0.92  # of the time is planned
 
 
@@ -53,7 +54,7 @@ def begun(runs: Sequence[Run], path: Path) -> int | None:
     return next((run.steps for run in reversed(there) if _shape(run) == _shape(runs[0])), None)
 
 
-def paces(runs: Sequence[Run], device: str, say: Say = lambda key, news: None) -> Paces:
+def paces(runs: Sequence[Run], device: str, say: Say = lambda key, news: None, *, compiled: bool = False) -> Paces:
     """What each model takes; one that fails is said and left out."""
     found, tried = {}, set()
     for run in runs:
@@ -61,7 +62,7 @@ def paces(runs: Sequence[Run], device: str, say: Say = lambda key, news: None) -
             continue
         tried.add(run.model)
         try:
-            found[run.model] = pace(run, device)
+            found[run.model] = pace(run, device, compiled)
         except Exception as error:
             say(run.key, _failed(error))
         else:
@@ -70,20 +71,21 @@ def paces(runs: Sequence[Run], device: str, say: Say = lambda key, news: None) -
     return found
 
 
-def seconds(run: Run, takes: Paces) -> float:
+def seconds(run: Run, takes: Paces, compiled: bool = False) -> float:
     """What a run takes in all."""
     step, reading = takes[run.model]
     watched = min(WATCHED, run.windows)
     batches = -(-run.windows // run.batch) + min(POINTS, run.steps) * -(-watched // run.batch)
-    return run.steps * step + batches * reading + BETWEEN
+    return run.steps * step + batches * reading + BETWEEN + COMPILING * compiled
 
 
-def affordable(runs: Sequence[Run], takes: Paces, left: float) -> int:
+def affordable(runs: Sequence[Run], takes: Paces, left: float, compiled: bool = False) -> int:
     """The most steps, in tens, that all runs can make in `left` seconds. Raises UnifyError for less than ten."""
     able = [run for run in runs if run.model in takes]
     if not able:
         raise UnifyError("models", "none of them runs here", "see what was said of each above")
-    fixed = STARTING + sum(seconds(replace(run, steps=POINTS), takes) - POINTS * takes[run.model][0] for run in able)
+    fixed = STARTING
+    fixed += sum(seconds(replace(run, steps=POINTS), takes, compiled) - POINTS * takes[run.model][0] for run in able)
     steps = (left * SPARE - fixed) / sum(takes[run.model][0] for run in able)
     if steps < 10:
         needed = (fixed + 10 * sum(takes[run.model][0] for run in able)) / SPARE
@@ -99,6 +101,7 @@ def sweep(
     path: Path,
     *,
     device: str = "cpu",
+    compiled: bool = False,
     takes: Paces | None = None,
     until: float | None = None,
     say: Say = lambda key, news: None,
@@ -113,23 +116,23 @@ def sweep(
     for run in runs:
         if run.key in done:
             say(run.key, {"phase": "done", **done[run.key]})
-        elif until is not None and takes and time.monotonic() + seconds(run, takes) > until:
+        elif until is not None and takes and time.monotonic() + seconds(run, takes, compiled) > until:
             say(run.key, {"phase": "left"})
-        elif record := _one(run, corpus, device, found, say):
+        elif record := _one(run, corpus, device, compiled, found, say):
             add(path, record)
             done[run.key] = record
             say(run.key, {"phase": "done", **record})
     return [done[run.key] for run in runs if run.key in done]
 
 
-def _one(run: Run, corpus: Corpus, device: str, found: Any, say: Say) -> dict[str, Any] | None:
+def _one(run: Run, corpus: Corpus, device: str, compiled: bool, found: Any, say: Say) -> dict[str, Any] | None:
     """A run's record, or None where it failed."""
 
     def progress(step: int, loss: float, bits: float) -> None:
         say(run.key, {"phase": "running", "step": step, "loss": loss, "bits": bits})
 
     try:
-        return train(run, corpus, device, found=found, progress=progress)
+        return train(run, corpus, device, compiled=compiled, found=found, progress=progress)
     except Exception as error:
         say(run.key, _failed(error))
         return None
@@ -139,6 +142,7 @@ def _one(run: Run, corpus: Corpus, device: str, found: Any, say: Say) -> dict[st
 
 def _tidy(device: str) -> None:
     """Give back what a model that is gone held."""
+    forget_graphs()
     gc.collect()
     if device == "cuda":
         import torch
