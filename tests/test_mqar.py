@@ -246,22 +246,6 @@ def test_a_compiled_run_is_the_run():
     assert apart(code) == ["1 True"]
 
 
-def test_the_last_of_many_compiled_runs_is_compiled_too(tmp_path):
-    """One graph a function is allowed here, and a second an error: every run has its own."""
-    sizes = "batch=8, sequences=32, tests=12, d_model=16, heads=2, head_dim=4, layers=1"
-    code = (
-        "import torch\nfrom pathlib import Path\nfrom unify.mqar.run import Run\nfrom unify.mqar.sweep import sweep\n"
-        "from unify.mqar.task import Task\n"
-        "torch._dynamo.config.recompile_limit, torch._dynamo.config.fail_on_recompile_limit_hit = 1, True\n"
-        f"runs = [Run('mamba2', Task(16, 3, vocab=16), seed=n, steps=2, evaluate_every=2, {sizes}) for n in (1, 2)]\n"
-        "compiled, torch.compile = torch.compile, lambda f, **_: compiled(f, backend='eager', dynamic=False)\n"
-        "phases = []\n"
-        "sweep(runs, Path('runs.jsonl'), compiled=True, say=lambda key, news: phases.append(news['phase']))\n"
-        "print(phases.count('done'), phases.count('failed'))"
-    )
-    assert apart(code, tmp_path) == ["2 0"]
-
-
 @pytest.mark.parametrize("model", MODELS)
 def test_every_model_of_the_comparison_trains(model):
     record = train(Run(model, TINY, lr=1e-2, **{**SMALL, "sequences": 64, "steps": 2, "tests": 16}))

@@ -6,6 +6,7 @@ With a limit of minutes, a few timed steps of each model say how many steps all 
 from __future__ import annotations
 
 import gc
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from unify.errors import UnifyError
-from unify.mqar.sweep import add, forget_graphs
+from unify.mqar.sweep import add
 from unify.mqar.sweep import load as _lines
 
 from .corpus import Corpus
@@ -141,8 +142,9 @@ def _one(run: Run, corpus: Corpus, device: str, compiled: bool, found: Any, say:
 
 
 def _tidy(device: str) -> None:
-    """Give back what a model that is gone held."""
-    forget_graphs()
+    """Give back what a model that is gone held, its graphs too: a function may have eight, and is not compiled after that."""
+    if dynamo := sys.modules.get("torch._dynamo"):
+        dynamo.reset()
     gc.collect()
     if device == "cuda":
         import torch

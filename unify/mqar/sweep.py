@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import sys
 import time
 import traceback
 from collections import deque
@@ -116,16 +115,7 @@ def _work(train: Train, device: str, options: dict[str, Any], run: Run, say: Say
         say(run.key, {"phase": "running", "step": step, "loss": loss, "accuracy": accuracy})
 
     say(run.key, {"phase": "running"})
-    try:
-        return train(run, device, progress=progress, **options)
-    finally:
-        forget_graphs()
-
-
-def forget_graphs() -> None:
-    """torch.compile makes a graph for each model that a function sees, and after eight runs it uncompiled: not for those long gone."""
-    if dynamo := sys.modules.get("torch._dynamo"):
-        dynamo.reset()
+    return train(run, device, progress=progress, **options)
 
 
 def _finished(waiting: list[Run], work: Work, limits: Limits, say: Say) -> Iterator[tuple[Run, dict]]:
