@@ -12,6 +12,7 @@ import hosts
 import pytest
 import ranks
 import torch
+from apart import apart
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
 
 import unify
@@ -114,6 +115,21 @@ def test_the_loss_falls(trained):
 def test_an_interrupted_run_has_the_same_losses(trained):
     config, found = trained
     assert resumed(config) == found["history"]
+
+
+def test_a_compiled_run_has_the_same_losses(tmp_path):
+    """In a process of its own, where signatures are not checked; rows of short documents, as many as there happen to be."""
+    (tmp_path / "lines.txt").write_text("".join("word " * (n % 13) + "end\n" for n in range(400)))
+    config = configured(
+        "plain", data={"path": "lines.txt", "lines": True}, trainer={"max_steps": 3, "save_strategy": "no"}
+    )
+    code = (
+        f"from unify.training import train\nconfig = {config}\nplain = train(config)['history']\n"
+        "config['trainer'] |= {'output_dir': 'compiled', 'torch_compile': True, 'torch_compile_backend': 'aot_eager'}\n"
+        "compiled = train(config)['history']\n"
+        "print([abs(a - b) < 1e-4 for (_, a), (_, b) in zip(plain, compiled, strict=True)])"
+    )
+    assert apart(code, tmp_path)[-1] == "[True, True, True]"
 
 
 def test_a_run_that_is_done_does_not_go_on(trained):
