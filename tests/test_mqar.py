@@ -419,6 +419,20 @@ def test_branches_part_from_the_same_weights_and_train_what_they_say(name):
     assert json.loads(json.dumps(record))["key"] == Transformation(name, TINY, lr=1e-2, **SHORT).key
 
 
+def test_a_compiled_transformation_is_the_transformation(tmp_path):
+    """In a process of its own, where signatures are not checked; what does not train in one branch trains in the next."""
+    code = (
+        "import torch\nfrom unify.mqar.task import Task\nfrom unify.mqar.transform import Transformation, transform\n"
+        f"run = Transformation('mamba2', Task(16, 3, vocab=16), lr=1e-2, **{SHORT})\n"
+        "torch._dynamo.config.fail_on_recompile_limit_hit, whole = True, torch.compile\n"
+        "torch.compile = lambda f, **_: whole(f, backend='aot_eager', fullgraph=True, dynamic=False)\n"
+        "one, two = transform(run), transform(run, compiled=True)\n"
+        "pairs = [(one, two), *((one['branches'][b], two['branches'][b]) for b in one['branches'])]\n"
+        "print(max(abs(a[1] - b[1]) for x, y in pairs for a, b in zip(x['curve'], y['curve'], strict=True)) < 1e-4)"
+    )
+    assert apart(code, tmp_path)[-1] == "True"
+
+
 @pytest.mark.parametrize("name", HOSTS)
 def test_held_at_zero_it_trains_as_the_host_that_was_never_converted(name):
     run, curves = Transformation(name, TINY, lr=1e-2, **SHORT), []

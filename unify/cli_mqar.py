@@ -43,6 +43,7 @@ def _numbers(text: str, name: str, kind: type) -> list:
 Vocab = Annotated[int | None, typer.Option("--vocab", min=4, help="Tokens there are, 8192 in the paper.")]
 Minutes = Annotated[float | None, typer.Option("--minutes", help="No run begins after so many.")]
 Stop = Annotated[float | None, typer.Option("--stop", help="What still runs after so many minutes is ended, and lost.")]
+Compiled = Annotated[bool, typer.Option("--compile", help="Through torch.compile.")]
 Tasks = Annotated[
     str | None, typer.Option("--tasks", "-t", metavar="TxP", help="Tokens x pairs; TxP-O overwrites O keys.")
 ]
@@ -78,7 +79,7 @@ def mqar(
     head_dim: HeadDim = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, or auto: what there is.")] = "auto",
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs at a time, on the one device.")] = 2,
-    compiled: Annotated[bool, typer.Option("--compile", help="Through torch.compile.")] = False,
+    compiled: Compiled = False,
     minutes: Minutes = None,
     stop: Stop = None,
     output: Annotated[Path, typer.Option("--output", "-o", help=OUTPUT)] = Path("mqar.jsonl"),
@@ -143,6 +144,7 @@ def transform(
     ] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, or auto: what there is.")] = "auto",
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs at a time, on the one device.")] = 2,
+    compiled: Compiled = False,
     minutes: Minutes = None,
     stop: Stop = None,
     output: Annotated[Path, typer.Option("--output", "-o", help=OUTPUT)] = Path("transform.jsonl"),
@@ -163,8 +165,9 @@ def transform(
     rates = _numbers(rates or ("1e-2" if toy else "4.642e-3"), "--lr", float)
     seeds = _numbers(seeds, "--seeds", int)
     runs = [Transformation(h, t, r, s, **more) for s in seeds for t in read for r in rates for h in _list(hosts)]
+    how: dict[str, Any] = {"device": _device(device), "jobs": jobs, "limits": _limits(minutes, stop)}
     with _live(runs) as say:
-        sweep(runs, output, train=train, device=_device(device), jobs=jobs, limits=_limits(minutes, stop), say=say)
+        sweep(runs, output, train=train, **how, compiled=compiled, say=say)
     records = load(output)
     if as_json:
         _dump(records)

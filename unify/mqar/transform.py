@@ -20,7 +20,7 @@ import torch
 
 from unify.errors import UnifyError
 
-from .run import answering, check_steps, data, fit, small_decays, spent
+from .run import answering, check_steps, data, fit, loss_of, small_decays, spent
 from .task import Task
 
 HOSTS = ("mamba2", "gated_deltanet")
@@ -162,9 +162,10 @@ def transform(
     run: Transformation,
     device: str = "cpu",
     *,
+    compiled: bool = False,
     progress: Callable[[int, float, float], None] = lambda step, loss, accuracy: None,
 ) -> dict[str, Any]:
-    """Train to the plateau, go on in every branch; the record of all, ready for JSON.
+    """Train to the plateau, go on in every branch; the record of all, ready for JSON. compiled: through torch.compile.
 
     A parameter that does not train has no gradient, so that the optimizer leaves it as it is. Returns the transformation, the
     accuracy before, its curve, for each branch the accuracy, the curve and how many parameters trained, and how long it took.
@@ -175,6 +176,7 @@ def transform(
     torch.manual_seed(run.seed)
     model = host(run).to(device)
     ours, answer = set(branches(model)), answering(model)
+    loss = torch.compile(loss_of(answer), dynamic=False) if compiled else None  # a graph for each choice of what trains
     tests = data(run.task, run.tests, run.seed, 1, device)
 
     def train(split: int, rate: float, steps: int, start: int, parts: tuple, said: int) -> dict[str, Any]:
@@ -188,7 +190,7 @@ def transform(
         optimizer = _optimizer(model, rate, run.scales, device)
         curve = fit(
             answer, optimizer, _cosine(optimizer, steps, start), sequences, tests, phase(run, steps),
-            lambda step, *seen: progress(said + step, *seen), prepare=prepare, solved=1.0,
+            lambda step, *seen: progress(said + step, *seen), prepare=prepare, solved=1.0, loss=loss,
         )  # fmt: skip
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         return {"accuracy": curve[-1][2], "curve": curve, "trained": trained}
