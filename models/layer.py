@@ -533,6 +533,8 @@ class Layer(nn.Module):
         cu_seqlens: int64 offsets [N + 1] of packed sequences, with B = 1. position_ids: for rotary keys; None counts on.
         state: of the sequences of the batch, or of the N packed ones. Raises UnifyError as the op does.
         """
+        if self.pieces is not None:  # a mask of nothing but ones too: another rank's may not be
+            check_group(cu_seqlens if attention_mask is None else attention_mask)
         packing = _layout(x, attention_mask, cu_seqlens)
         if packing is not None and len(packing.cu_seqlens) == 1:  # padding and nothing else
             y = torch.zeros_like(x)
@@ -560,7 +562,6 @@ class Layer(nn.Module):
         offsets, show = None if packing is None else packing.cu_seqlens, bool(self._readout_hooks)
         op, length, seen = self.op, state.length, x.shape[1] if offsets is None else offsets.diff()
         if self.pieces is not None:
-            check_group(offsets)
             op, (ahead, seen) = self.pieces, self.pieces.lengths(x)
             length = length + ahead
         content, conv = self._content(x, state.conv, offsets)

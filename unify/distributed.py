@@ -116,9 +116,9 @@ def context_parallel(op: Op, group: Any = None) -> ContextParallel:
     return ContextParallel(op, group)
 
 
-def check_group(cu_seqlens: Tensor | None) -> None:
-    """Raises UnifyError for packed sequences, and where there is only one process."""
-    if cu_seqlens is not None:
+def check_group(places: Any) -> None:
+    """Raises UnifyError for offsets or a mask, and where there is only one process."""
+    if places is not None:
         given, fails = "packed or padded sequences over several ranks", "a piece is one stretch of one sequence a row"
         raise UnifyError(given, fails, "give each rank whole sequences, and the op itself")
     if not dist.is_initialized():
