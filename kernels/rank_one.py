@@ -83,17 +83,19 @@ def _invert(
     X = tl.where(down == right, diagonal, tl.where(down > right, left, 0.0))
     X = tl.reshape(X, [2, 32, 32])
     P, Q = tl.sum(tl.where(two == 0, X, 0.0), 0), tl.sum(tl.where(two == 1, X, 0.0), 0)
-    i, j = tl.arange(0, 32)[None, :, None], tl.arange(0, 32)[None, None, :]
-    B = squares(A, read, written, G, start, n, h, H, K, 32 + i, j, GATE, C, BK, DT, ACC)
-    corner = -dot(Q, dot(tl.reshape(B, [32, 32]), P, ACC, ACC), ACC, ACC)
+    i, j = tl.arange(0, 32)[:, None], tl.arange(0, 32)[None, :]
+    row, column = 32 + i[None, :, :], j[None, :, :]
+    B = tl.reshape(squares(A, read, written, G, start, n, h, H, K, row, column, GATE, C, BK, DT, ACC), [32, 32])
+    corner = -dot(Q, dot(B, P, ACC, ACC), ACC, ACC)
 
     out = inverse.dtype.element_ty
-    base, row = inverse + (start * H + h) * C, two * 32 + i
-    tl.store(base + row * (H * C) + two * 32 + j, X.to(out), mask=row < n)
-    tl.store(base + (32 + i) * (H * C) + j, corner[None, :, :].to(out), mask=32 + i < n)
-    tl.store(base + i * (H * C) + 32 + j, tl.zeros([1, 32, 32], out), mask=i < n)
+    base, row, column = inverse + (start * H + h) * C, two * 32 + i[None, :, :], two * 32 + j[None, :, :]
+    tl.store(base + row * (H * C) + column, X.to(out), mask=row < n)
+    tl.store(base + (32 + i) * (H * C) + j, corner.to(out), mask=32 + i < n)
+    tl.store(base + i * (H * C) + 32 + j, tl.zeros([32, 32], out), mask=i < n)
 
 
+REGISTERS = 168  # a thread of the inverse that makes its scores: six programs of two warps fit; at most ten are spilled
 NONE, NEAR, FAR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
@@ -128,9 +130,11 @@ def _mix(
 def _inverse(at: chunk.Layout, G: Tensor, r: Tensor, w: Tensor, kept: Tensor | None) -> Tensor:
     """T, from the scores of r with w that were kept of `chunk.Pairs`, or with one decay a head from r and w."""
     T = at.scores_like(r)
+    registers = REGISTERS if kept is None and at.half else None
     _invert[at.slots, at.H](
         T if kept is None else kept, r, w, G, T, at.offsets, at.N, at.H, at.K,
         at.gate, chunk.C, 16, chunk.TYPES[at.work], chunk.TYPES[at.wide], num_warps=2, num_stages=3,
+        maxnreg=registers,
     )  # fmt: skip
     return T
 
