@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.multiprocessing import ProcessRaisedException
 
 import unify
 from unify.carry import carries
-from unify.distributed import compose, effect, main
+from unify.distributed import Bench, _apart, compose, effect, main
 from unify.errors import UnifyError
 from unify.models.layer import Layer
 from unify.models.zoo import ZOO, get
@@ -178,6 +179,17 @@ def test_the_command_keeps_the_figures_of_every_model(tmp_path, capsys):
     assert key["device"].startswith("a CPU")
     assert key["versions"]["torch"] == torch.__version__
     assert "mamba2, 1 process: " in capsys.readouterr().out
+
+
+def test_one_process_is_timed_against_two(tmp_path, capsys):
+    two = [*SMALL[:2], "2", *SMALL[3:], "--model", "mamba2", "--json", str(tmp_path / "scale.jsonl")]
+    main(two)
+    lines = [json.loads(line) for line in (tmp_path / "scale.jsonl").read_text().splitlines()]
+    assert [(x["model"], x["processes"]) for x in lines] == [("mamba2", 1), ("mamba2", 2)]
+    assert all(x["error"] < 1e-5 and x["seconds"] > 0 for x in lines)
+    assert "mamba2, 2 processes: " in capsys.readouterr().out
+    with pytest.raises(ProcessRaisedException, match="no such device"):  # planted: the processes end in an error
+        _apart(2, (2, str(tmp_path / "meet"), Bench(("mamba2",), (1, 40, 2, 4, 4), "no such device")), print)
 
 
 def test_a_model_that_is_wrong_has_no_time_and_others_keep_theirs(tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ import unify
 from unify.errors import UnifyError
 from unify.evidence import SECTIONS, write
 from unify.models import zoo
+from unify.mqar import figures
 from unify.mqar import sweep as sweeping
 from unify.mqar.figures import draw
 from unify.mqar.report import changed, changes, comparisons, markdown, minutes, open_questions, standings
@@ -424,13 +425,14 @@ def test_a_compiled_transformation_is_the_transformation(tmp_path):
     code = (
         "import torch\nfrom unify.mqar.task import Task\nfrom unify.mqar.transform import Transformation, transform\n"
         f"run = Transformation('mamba2', Task(16, 3, vocab=16), lr=1e-2, **{SHORT})\n"
-        "torch._dynamo.config.fail_on_recompile_limit_hit, whole = True, torch.compile\n"
-        "torch.compile = lambda f, **_: whole(f, backend='aot_eager', fullgraph=True, dynamic=False)\n"
+        "torch._dynamo.config.fail_on_recompile_limit_hit, whole, made = True, torch.compile, []\n"
+        "torch.compile = lambda f, **_: made.append(1) or whole(f, backend='aot_eager', fullgraph=True, dynamic=False)\n"
         "one, two = transform(run), transform(run, compiled=True)\n"
         "pairs = [(one, two), *((one['branches'][b], two['branches'][b]) for b in one['branches'])]\n"
-        "print(max(abs(a[1] - b[1]) for x, y in pairs for a, b in zip(x['curve'], y['curve'], strict=True)) < 1e-4)"
+        "off = max(abs(a[1] - b[1]) for x, y in pairs for a, b in zip(x['curve'], y['curve'], strict=True))\n"
+        "print(len(made), torch._dynamo.utils.counters['stats']['unique_graphs'], off < 1e-4)"
     )
-    assert apart(code, tmp_path)[-1] == "True"
+    assert apart(code, tmp_path)[-1] == "1 3 True"  # a graph for each choice of what trains
 
 
 @pytest.mark.parametrize("name", HOSTS)
@@ -510,6 +512,13 @@ def test_it_is_drawn(tmp_path):
     text = (tmp_path / "mqar.svg").read_text()
     assert text.startswith("<?xml")
     assert all(f.stat().st_size > 1000 for f in files)
+
+
+def test_every_bar_of_keys_bound_twice_has_a_colour_of_its_own():
+    both = [record("mamba2", 0.5, others={f"{n}x4-{o}": 0.1}, task=Task(n, 4, vocab=16)) for n, o in ((16, 1), (32, 2))]
+    (legend,) = figures._overwrites(standings(both)).legends
+    colours = {x.get_text(): y.get_facecolor() for x, y in zip(legend.texts, legend.legend_handles, strict=True)}
+    assert len(set(colours.values())) == len(colours) == 3
 
 
 def test_a_rate_is_chosen_on_the_seeds_that_every_rate_has():

@@ -126,10 +126,11 @@ def test_a_compiled_run_has_the_same_losses(tmp_path):
     code = (
         f"from unify.training import train\nconfig = {config}\nplain = train(config)['history']\n"
         "config['trainer'] |= {'output_dir': 'compiled', 'torch_compile': True, 'torch_compile_backend': 'aot_eager'}\n"
+        "import torch\ngraphs = torch._dynamo.utils.counters['stats']\nbefore = graphs['unique_graphs']\n"
         "compiled = train(config)['history']\n"
-        "print([abs(a - b) < 1e-4 for (_, a), (_, b) in zip(plain, compiled, strict=True)])"
+        "print(before, graphs['unique_graphs'] > 0, [abs(a - b) < 1e-4 for (_, a), (_, b) in zip(plain, compiled, strict=True)])"
     )
-    assert apart(code, tmp_path)[-1] == "[True, True, True]"
+    assert apart(code, tmp_path)[-1] == "0 True [True, True, True]"
 
 
 def test_a_run_that_is_done_does_not_go_on(trained):

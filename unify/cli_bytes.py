@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from .cli import Json, _console, _dump, app
-from .cli_mqar import _device, _list, _numbers
+from .cli_mqar import Compiled, _device, _list, _numbers
 
 TOY = {"steps": 60, "batch": 8, "length": 256, "d_model": 32, "layers": 2, "head_dim": 16, "windows": 64}
 TOY_MODELS = "transformer,gated_deltanet,palimpsa_key"
@@ -37,7 +37,7 @@ def compare_bytes(
     layers: Annotated[int | None, typer.Option("--layers", min=1, help="Layers of every model.")] = None,
     windows: Annotated[int | None, typer.Option("--windows", min=1, help="Held-out windows to read.")] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, or auto: what there is.")] = "auto",
-    compiled: Annotated[bool, typer.Option("--compile", help="Through torch.compile.")] = False,
+    compiled: Compiled = False,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="One line of JSON a run; runs in it are not done again.")
     ] = Path("bytes.jsonl"),

@@ -6,7 +6,6 @@ With a limit of minutes, a few timed steps of each model say how many steps all 
 from __future__ import annotations
 
 import gc
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
@@ -68,7 +67,7 @@ def paces(runs: Sequence[Run], device: str, say: Say = lambda key, news: None, *
             say(run.key, _failed(error))
         else:
             say(run.key, {"phase": "timed", "seconds": found[run.model][0]})
-        _tidy(device)
+        _tidy(device, compiled)
     return found
 
 
@@ -138,17 +137,17 @@ def _one(run: Run, corpus: Corpus, device: str, compiled: bool, found: Any, say:
         say(run.key, _failed(error))
         return None
     finally:
-        _tidy(device)
+        _tidy(device, compiled)
 
 
-def _tidy(device: str) -> None:
+def _tidy(device: str, compiled: bool) -> None:
     """Give back what a model that is gone held, its graphs too: a function may have eight, and is not compiled after that."""
-    if dynamo := sys.modules.get("torch._dynamo"):
-        dynamo.reset()
+    import torch
+
+    if compiled:
+        torch.compiler.reset()
     gc.collect()
     if device == "cuda":
-        import torch
-
         torch.cuda.empty_cache()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import cycle
 from pathlib import Path
 from statistics import mean
 
@@ -203,6 +204,7 @@ def _overwrites(found: list[Standing]):
     groups = list(dict.fromkeys((s.task, s.steps) for s, _ in shown))
     figure, axes = _figure(len(groups), "Keys bound twice: the later value counts")
     figure.set_size_inches(max(9.0, 7.0 * len(groups)), 5.2)
+    colours = dict(zip(dict.fromkeys(x for _, said in shown for x in said), cycle(PALETTE), strict=False))
     for axis, group in zip(axes, groups, strict=True):
         bars = [(s, said) for s, said in shown if (s.task, s.steps) == group]
         names = list(dict.fromkeys(x for _, said in bars for x in said))
@@ -210,9 +212,8 @@ def _overwrites(found: list[Standing]):
             at = [m + 0.27 * (n - (len(names) - 1) / 2) for m, (_, said) in enumerate(bars) if title in said]
             values = [said[title] for _, said in bars if title in said]
             ends = [[abs(mean(v) - end(v)) for v in values] for end in (min, max)]
-            axis.bar(
-                at, [mean(v) for v in values], 0.25, yerr=ends, capsize=2, label=title, color=PALETTE[n % len(PALETTE)]
-            )
+            shape = {"width": 0.25, "yerr": ends, "capsize": 2}
+            axis.bar(at, [mean(v) for v in values], **shape, label=title, color=colours[title])
         axis.set_title(_titled(*group), fontsize=10)
         axis.set_xticks(range(len(bars)), [name(s.model) for s, _ in bars], rotation=40, ha="right")
     _legend(figure, axes)
