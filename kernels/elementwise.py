@@ -9,9 +9,7 @@ through their tokens at once, one warp to a tile of [keys, values] that never le
 The walks keep the states divided by the decay since a token not long ago, A = f M and S = f I with f = exp(-sum of g) >= 1:
 then a write is one multiply-add, A += (f k) v, the read divides by S + f prior, and the factor cancels in A / (S + f prior).
 A new segment, f = 1 again, starts every `MARK` tokens and at every strong gate, where the states are multiplied with the
-decay they were spared; so f stays below exp(2 MARK), and gates of any strength are exact. `prepare` lays out f k and f s. Forward
-two keys share a reciprocal, of the product of their precisions; there f stays below exp(MARK), so that float32 holds the
-product for precisions up to 1e12 (no memory learns at a thousandth of that any more).
+decay they were spared; so f stays below exp(2 MARK), and gates of any strength are exact. `prepare` lays out f k and f s.
 
 Backward, with R = 1 / (S + f prior), mu = A R and w = scale do: a read adds w q R to the adjoint of A, and - w q R mu to that
 of S. (1) forward in time: each chunk's contribution to the adjoints at its start, and the states at every segment's end.

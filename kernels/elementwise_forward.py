@@ -8,8 +8,7 @@ import triton.language as tl
 from unify.kernels.chunk import locate
 from unify.kernels.direct import direct
 
-# A log decay below this starts a new segment. Forward too, because two precisions times f are multiplied there: they may be 1e12 each.
-RESET, RESET_FORWARD = tl.constexpr(-2.0), tl.constexpr(-1.0)
+RESET = tl.constexpr(-2.0)  # a log decay below this starts a new segment
 NONE = tl.constexpr(-1000.0)  # exp of it is 0 in every type
 # Triton gives a thread 16 neighbouring bytes of a load, then deals lanes out axis by axis, those without neighbours in the order
 # 0, 1, ... (before 3.7) or ..., 1, 0. A tile's axes stand so that every load gets the layout of the arithmetic:
@@ -100,20 +99,6 @@ def over_values(x):
 
 
 @triton.jit
-def _fractions(n, d, m, e):
-    return n * e + m * d, d * e
-
-
-@triton.jit
-def over_keys_of(n, d, FAST: tl.constexpr):
-    """Sum over keys of n / d. A reciprocal is the slowest of all that a read does, so the KH keys of a thread that are not
-    neighbours share one: n / d + m / e = (n e + m d) / (d e)."""
-    n, d = tl.broadcast(n, d)
-    n, d = tl.reduce((n, d), 2 if LANES_FIRST else 0, _fractions, keep_dims=True)
-    return over_keys(n * reciprocal(d, FAST))
-
-
-@triton.jit
 def load_prior(prior, h, j, i, K, V, PRIOR: tl.constexpr, ACC: tl.constexpr):
     """The prior precision of a tile: one number, one a key or one an element; 1 in the padding."""
     if PRIOR == 1:
@@ -145,16 +130,15 @@ def _segment(r1, s1, r2, s2):
 
 
 @triton.jit
-def _gates(g, t, live, H, K, j, WIDE: tl.constexpr, BACK: tl.constexpr, ACC: tl.constexpr):
+def _gates(g, t, live, H, K, j, WIDE: tl.constexpr, ACC: tl.constexpr):
     """Log decays of tokens, [BLOCK] or [BLOCK, BK], and which of them start a segment for being strong, [BLOCK]."""
-    reset: tl.constexpr = RESET if BACK else RESET_FORWARD
     if WIDE:
         x = tl.load(g + t[:, None] * (H * K) + j[None, :], mask=live[:, None] & (j < K)[None, :], other=0.0).to(ACC)
         x = tl.maximum(x, NONE)
-        return x, tl.min(x, 1) < reset
+        return x, tl.min(x, 1) < RESET
     else:
         x = tl.maximum(tl.load(g + t * H, mask=live, other=0.0).to(ACC), NONE)
-        return x, x < reset
+        return x, x < RESET
 
 
 @triton.jit
@@ -201,10 +185,10 @@ def prepare(
         t = t0 + order
         live, at = t < n, t[:, None] * (H * K) + j[None, :]
         inside = live[:, None] & (j < K)[None, :]
-        x, strong = _gates(g, t, live, H, K, j, WIDE, BACK, ACC)
+        x, strong = _gates(g, t, live, H, K, j, WIDE, ACC)
         starts = strong | (order == 0)
         s = _since(starts, x, WIDE)
-        ahead, strong = _gates(g, t - 1, live & (order > 0), H, K, j, WIDE, BACK, ACC)
+        ahead, strong = _gates(g, t - 1, live & (order > 0), H, K, j, WIDE, ACC)
         s_before = _since(
             strong | (order == 1), ahead, WIDE
         )  # of the block; its first token is alone before the second
@@ -464,20 +448,22 @@ def read(
             fetch(v + ahead * (H * V), v0, VR * VL * 4, V, 1)
             fetch(b + ahead * (H * V), v0, VR * VL * 4, V, 1)
         if BEFORE:
-            mean = A
+            R = reciprocal(S + p * grown, FAST)
+            mean = A * R
             if BONUS:
-                mean += (u * grown * load_row(k + t * (H * K), j, K, KFULL).to(ACC)) * vt
+                mean += (u * grown * load_row(k + t * (H * K), j, K, KFULL).to(ACC)) * vt * R
             if VARIANCE:
-                put(o + t * heads * (SUMS * V) + V, i, over_keys_of(qt * qt * grown, S + p * grown, FAST), V)
-            put(o + t * heads * (SUMS * V), i, over_keys_of(qt * mean, S + p * grown, FAST), V)
+                put(o + t * heads * (SUMS * V) + V, i, over_keys(qt * qt * grown * R), V)
+            put(o + t * heads * (SUMS * V), i, over_keys(qt * mean), V)
         if flag != 0:
             kept = load_gate(c, t, H, K, j, WIDE)
             A, S = A * kept, S * kept
         A, S, grown = A + kt * vt, S + st * bt, ft
         if not BEFORE:
+            R = reciprocal(S + p * grown, FAST)
             if VARIANCE:
-                put(o + t * heads * (SUMS * V) + V, i, over_keys_of(qt * qt * grown, S + p * grown, FAST), V)
-            put(o + t * heads * (SUMS * V), i, over_keys_of(qt * A, S + p * grown, FAST), V)
+                put(o + t * heads * (SUMS * V) + V, i, over_keys(qt * qt * grown * R), V)
+            put(o + t * heads * (SUMS * V), i, over_keys(qt * (A * R)), V)
 
 
 @direct

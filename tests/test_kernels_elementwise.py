@@ -110,23 +110,8 @@ def small(monkeypatch):
     monkeypatch.setattr(kernels, "MARK", 4)
     monkeypatch.setattr(kernels, "SCAN", (2, 16))
     monkeypatch.setattr(kernels, "WALK", 0)
-    monkeypatch.setattr(kernels, "READ", Tile(2, 1, 1, 2))  # where two keys share a reciprocal
-    for name in ("ADJOINT", "GRADIENT"):
+    for name in ("READ", "ADJOINT", "GRADIENT"):
         monkeypatch.setattr(kernels, name, Tile(1, 1, 1, 2))
-
-
-@pytest.mark.parametrize("gate", [-0.99, -1.01, -1.9])
-@pytest.mark.parametrize("precision", [1e11, 1e-8])
-def test_precisions_of_any_use_may_be_multiplied(precision, gate):
-    """In float32, behind gates that make f as large as it gets; one past 1e12 would be read as without end."""
-    x, offsets = case((40,), 1, 20, 12, dtype=torch.float32)
-    x["g"][:] = gate
-    for name in ("b", "prior", "I0"):
-        x[name] *= precision
-    given = {name: y.double() for name, y in x.items()}
-    found = elementwise(*(x[name] for name in NAMES[:8]), offsets, scale=0.7)[0]
-    want = loop(*(given[name] for name in NAMES[:8]), offsets.tolist(), scale=0.7)[0]
-    assert (found.double() - want).norm() < 1e-5 * want.norm()
 
 
 VARIANTS = {

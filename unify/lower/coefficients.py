@@ -253,7 +253,6 @@ def gradient(recurrence: Recurrence, line: Program) -> Gradient:
 
 # -- printing -----------------------------------------------------------------------------------------------------------
 
-STAGES = 3  # of the loops over tokens: rows are on their way to shared memory two tokens ahead, where else each waits for memory
 _BLOCK = "slot * H + h"
 _TOKEN = "t * H + h"
 
@@ -303,9 +302,9 @@ class _Kernel:
     def source(self) -> str:
         """The kernel's text."""
         loop = (
-            [f"for back in tl.range(0, end - begin, num_stages={STAGES}):", "    t = end - 1 - back"]
+            ["for back in range(0, end - begin):", "    t = end - 1 - back"]
             if self.back
-            else [f"for t in tl.range(begin, end, num_stages={STAGES}):"]
+            else ["for t in range(begin, end):"]
         )
         where = "locate(slot, offsets, N, R)" if self.line.scans else "slot * R, tl.minimum(slot * R + R, T)"
         body = [
