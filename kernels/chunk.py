@@ -10,10 +10,9 @@ next one meet at the border between them, exp(G_t - G_border) on the read and ex
 every token is either read or written, so one exp a token and one matrix product serve all blocks of it. For float32
 inputs G is float64: gates of -30 and of -1e-6 in one chunk leave the difference exact.
 
-With one decay a head nothing decayed is stored: the walk decays the values that it multiplies keys with, and the read and the
-rank-one inverse form their scores themselves. With a decay per channel scores and decayed rows are kept (`Pairs`). Where few long
-sequences would leave a walk to few programs, they are cut into pieces that are walked at once: first from nothing, for what each
-leaves behind, then from their own starts.
+With one decay a head nothing decayed is stored: the walk decays the values that it multiplies keys with, and the read forms its
+scores itself. With a decay per channel scores and decayed rows are kept (`Pairs`). Where few long sequences would leave a walk to few
+programs, they are cut into pieces that are walked at once: first from nothing, for what each leaves behind, then from their own starts.
 
 A tile that a loop loads is either multiplied in it or worked on, never both: Triton (3.6.0 and 3.7.1 at least) gives a load
 with both uses one buffer too few, and on Hopper refills it while the asynchronous product still reads.

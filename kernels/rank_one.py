@@ -20,42 +20,16 @@ import triton.language as tl
 from torch import Tensor
 
 from unify.kernels import chunk
-from unify.kernels.chunk import HEAD, dot, far, load, locate, near, store, weight
+from unify.kernels.chunk import dot, far, load, locate, near, store
 from unify.kernels.direct import direct
 from unify.kernels.operator import operator
 
 
-@triton.jit
-def squares(
-    A, read, written, G, start, n, h, H, K, row, column,
-    GATE: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """Strictly lower triangular scores of tokens row [N, M, 1] and column [N, 1, M] of a chunk of n, [N, M, M]; see `_invert`."""
-    token = start * H + h
-    if GATE == HEAD:
-        scores = tl.zeros([row.shape[0], row.shape[1], column.shape[2]], ACC)
-        for k0 in range(0, K, BK):
-            k = k0 + tl.arange(0, BK)
-            across, down = k[None, None, :], k[None, :, None]
-            x = tl.load(read + token * K + row * (H * K) + across, mask=(row < n) & (across < K), other=0.0)
-            y = tl.load(written + token * K + column * (H * K) + down, mask=(column < n) & (down < K), other=0.0)
-            scores += dot(x, y, DT, ACC)
-        before = tl.load(G + token + (row - 1) * H, mask=(row > 0) & (row < n), other=0.0)
-        after = tl.load(G + token + column * H, mask=column < n, other=0.0)
-        return tl.where(row > column, scores * weight(before - after, ACC), 0.0)
-    else:
-        return tl.load(A + token * C + row * (H * C) + column, mask=row < n, other=0.0).to(ACC)
-
-
 @direct
 @triton.jit
-def _invert(
-    A, read, written, G, inverse, offsets, N, H, K,
-    GATE: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+def _invert(A, inverse, offsets, N, H, C: tl.constexpr, ACC: tl.constexpr):
     """(1 + A)^-1 of strictly lower triangular scores, [tokens, H, C], C = 64.
 
-    With one decay a head A is not stored: its squares are made here, where they are needed, of reads before their token's update.
     Block substitution: with the blocks of m tokens on the diagonal inverted, those of 2 m follow by filling in the corner
     below, [[P, 0], [B, Q]]^-1 = [[P^-1, 0], [-Q^-1 B P^-1, Q^-1]]. Up to m = 16 all corners of a level at once, in four
     squares of 16: X <- X - X B X; then two corners of 16, then one of 32. In full precision, and so small that no tensor core
@@ -66,14 +40,17 @@ def _invert(
         return
     h, n = tl.program_id(1), (end - start).to(tl.int32)
     four, i, j = tl.arange(0, 4)[:, None, None], tl.arange(0, 16)[None, :, None], tl.arange(0, 16)[None, None, :]
-    lower = squares(A, read, written, G, start, n, h, H, K, four * 16 + i, four * 16 + j, GATE, C, BK, DT, ACC)
+    base = (start * H + h) * C
+    row, column = four * 16 + i, four * 16 + j
+    lower = tl.load(A + base + row * (H * C) + column, mask=row < n, other=0.0).to(ACC)
     X = tl.where(i == j, 1.0, tl.where((i ^ j) == 1, -lower, 0.0)).to(ACC)
     for level in range(1, 4):
         B = tl.where(((i >> level) ^ (j >> level)) == 1, lower, 0.0)
         X -= dot(X, dot(B, X, ACC, ACC), ACC, ACC)
 
     two = tl.arange(0, 2)[:, None, None]
-    B = squares(A, read, written, G, start, n, h, H, K, two * 32 + 16 + i, two * 32 + j, GATE, C, BK, DT, ACC)
+    row, column = two * 32 + 16 + i, two * 32 + j
+    B = tl.load(A + base + row * (H * C) + column, mask=row < n, other=0.0).to(ACC)
     halves, which = tl.reshape(X, [2, 2, 16, 16]), tl.arange(0, 2)[None, :, None, None]
     P, Q = tl.sum(tl.where(which == 0, halves, 0.0), 1), tl.sum(tl.where(which == 1, halves, 0.0), 1)
     corner = -dot(Q, dot(B, P, ACC, ACC), ACC, ACC)
@@ -84,18 +61,18 @@ def _invert(
     X = tl.reshape(X, [2, 32, 32])
     P, Q = tl.sum(tl.where(two == 0, X, 0.0), 0), tl.sum(tl.where(two == 1, X, 0.0), 0)
     i, j = tl.arange(0, 32)[:, None], tl.arange(0, 32)[None, :]
-    row, column = 32 + i[None, :, :], j[None, :, :]
-    B = tl.reshape(squares(A, read, written, G, start, n, h, H, K, row, column, GATE, C, BK, DT, ACC), [32, 32])
+    below = base + (32 + i) * (H * C) + j
+    B = tl.load(A + below, mask=32 + i < n, other=0.0).to(ACC)
     corner = -dot(Q, dot(B, P, ACC, ACC), ACC, ACC)
 
     out = inverse.dtype.element_ty
-    base, row, column = inverse + (start * H + h) * C, two * 32 + i[None, :, :], two * 32 + j[None, :, :]
-    tl.store(base + row * (H * C) + column, X.to(out), mask=row < n)
-    tl.store(base + (32 + i) * (H * C) + j, corner.to(out), mask=32 + i < n)
-    tl.store(base + i * (H * C) + 32 + j, tl.zeros([32, 32], out), mask=i < n)
+    row, column = two * 32 + i[None, :, :], two * 32 + j[None, :, :]
+    tl.store(inverse + base + row * (H * C) + column, X.to(out), mask=row < n)
+    tl.store(inverse + below, corner.to(out), mask=32 + i < n)
+    above = base + i * (H * C) + 32 + j
+    tl.store(inverse + above, tl.zeros([32, 32], out), mask=i < n)
 
 
-REGISTERS = 168  # a thread of the inverse that makes its scores: six programs of two warps fit; at most ten are spilled
 NONE, NEAR, FAR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
@@ -127,16 +104,10 @@ def _mix(
     store(out, c * dot(tl.trans(outer) if BACK else outer, rows, DT, ACC), start, end, h, H, X, x0, C, BX)
 
 
-def _inverse(at: chunk.Layout, G: Tensor, r: Tensor, w: Tensor, kept: Tensor | None) -> Tensor:
-    """T, from the scores of r with w that were kept of `chunk.Pairs`, or with one decay a head from r and w."""
-    T = at.scores_like(r)
-    registers = REGISTERS if kept is None and at.half else None
-    _invert[at.slots, at.H](
-        T if kept is None else kept, r, w, G, T, at.offsets, at.N, at.H, at.K,
-        at.gate, chunk.C, 16, chunk.TYPES[at.work], chunk.TYPES[at.wide], num_warps=2, num_stages=3,
-        maxnreg=registers,
-    )  # fmt: skip
-    return T
+def _inverse(at: chunk.Layout, A: Tensor) -> Tensor:
+    out = torch.empty_like(A)
+    _invert[at.slots, at.H](A, out, at.offsets, at.N, at.H, chunk.C, chunk.TYPES[at.wide], num_warps=2)
+    return out
 
 
 def _scored(kept: Tensor | None, at: chunk.Layout, read: Tensor, written: Tensor, G: Tensor, before: bool) -> Tensor:
@@ -170,7 +141,7 @@ def _forward(
     at = chunk.layout(q, v, g, offsets)
     G, o = chunk.cumulate(at, g), torch.empty_like(v, dtype=q.dtype)
     qw, rw, q_near, r_near, w_far = chunk.pairs(at, q, r, w, G, before)
-    T = _inverse(at, G, r, w, rw)
+    T = _inverse(at, _scored(rw, at, r, w, G, True))
     x = _mixed(at, G, chunk.either(r_near, r), T, decay=NEAR)
     written, met = chunk.either(w_far, w), chunk.either(qw, w)
     if shared:
