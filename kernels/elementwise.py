@@ -95,6 +95,9 @@ class _Launch:
         self.tokens, self.scale = q.shape[0] * q.shape[1], scale
         self.slots = self.tokens // self.chunk + self.N
         self.wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        # a block's share of sums over keys is rounded once more where they end as bfloat16: shares are most of what is moved
+        half = q.dtype == v.dtype == b.dtype == torch.bfloat16
+        self.share = torch.bfloat16 if half else self.wide
         self.gate = {"WIDE": g.ndim == 4, "ACC": tl.float64 if q.dtype == torch.float64 else tl.float32}
         self.given, self.before = {"GIVEN": spread is not None}, {"BEFORE": before}
         self.read = {"PRIOR": prior.ndim, "BONUS": bonus is not None, "VARIANCE": variance} | self.before
@@ -184,9 +187,9 @@ def _forward(at: _Launch, variance: bool) -> tuple[Tensor, Tensor, Tensor, Tenso
     var = torch.empty_like(o) if variance else o.new_empty(0)
     M_T, I_T = at.new(*at.M0.shape), at.new(*at.M0.shape)
     options, NK, NV = at.tile(READ)
-    for h0, heads in at.groups(8 * at.slots * at.K * at.V + 4 * NK * at.tokens * at.V * (1 + variance)):
+    for h0, heads in at.groups(8 * at.slots * at.K * at.V + at.share.itemsize * NK * at.tokens * at.V * (1 + variance)):
         M, I, _ = at.boundaries(h0, heads, M_T, I_T)
-        parts = at.new(NK, at.tokens, heads, 1 + variance, at.V)
+        parts = at.new(NK, at.tokens, heads, 1 + variance, at.V, dtype=at.share)
         forward.read[(at.slots * NK * NV, heads)](
             at.rows, at.k, at.v, at.b, at.f, at.c, at.flags, at.prior, at.bonus, M, I, at.offsets, parts,
             at.N, at.tokens, h0, H=at.H, K=at.K, V=at.V, C=at.chunk, **options,
@@ -216,7 +219,7 @@ class _Backward:
         at = self.at
         _, NK, NV = at.tile(GRADIENT)
         state, keys, values = at.slots * at.K * at.V, at.tokens * at.K * NV, at.tokens * at.V * NK
-        return 4 * (state * (2 + 2 * self.marks) + self.sums * keys + 2 * values)
+        return 4 * (state * (2 + 2 * self.marks) + self.sums * keys) + 2 * at.share.itemsize * values
 
     def run(self, h0: int, heads: int) -> None:
         at = self.at
@@ -243,7 +246,7 @@ class _Backward:
         at = self.at
         options, NK, NV = at.tile(GRADIENT)
         by_key = at.new(NV, at.tokens, heads, self.sums, at.K)
-        by_value = at.new(NK, at.tokens, heads, 2, at.V)
+        by_value = at.new(NK, at.tokens, heads, 2, at.V, dtype=at.share)
         ends = at.new(NV, at.slots, heads, at.K)
         backward.gradient[(at.slots * NK * NV, heads)](
             at.rows, at.k, at.v, at.b, at.f, at.c, at.flags, at.prior, at.bonus, self.d_o, self.d_var, DM, DI, at.offsets,
