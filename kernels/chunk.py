@@ -37,7 +37,7 @@ C = 64  # tokens of a chunk
 FLOOR = tl.constexpr(-128.0)  # exp of it is nothing, and sums of it over a chunk stay small
 
 # How a pair of tokens is weighed.
-PLAIN, HEAD, CHANNEL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+HEAD, CHANNEL = tl.constexpr(1), tl.constexpr(2)
 
 
 # ---- tiles -----------------------------------------------------------------------------------------------------------
@@ -476,8 +476,10 @@ def outside(
     READS: tl.constexpr, WRITES: tl.constexpr, SPLIT: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """What reads get from the state at a chunk's start and writes from the adjoint at its end, undecayed; sum_v S D, [BK]."""
+    """What reads get from the state at a chunk's start and writes from the adjoint at its end, undecayed; sum_v S D, [BK]; and the
+    products of pairs, do v^T, do u^T, du v^T, du u^T."""
     d_q, d_r, d_k, d_w = tl.zeros([C, BK], ACC), tl.zeros([C, BK], ACC), tl.zeros([C, BK], ACC), tl.zeros([C, BK], ACC)
+    qk, qw, rk, rw = tl.zeros([C, C], ACC), tl.zeros([C, C], ACC), tl.zeros([C, C], ACC), tl.zeros([C, C], ACC)
     both = tl.zeros([BK], ACC)
     for v0 in range(0, V, BV):
         at, inside = matrix_at(S, slot * H + h, K, V, k0, v0, BK, BV)
@@ -489,30 +491,38 @@ def outside(
         state = tl.load(at, mask=inside, other=0.0)
         at, inside = matrix_at(D, slot * H + h, K, V, k0, v0, BK, BV)
         adjoint = tl.load(at, mask=inside, other=0.0)
-        d_q += split_dot(load(do, start, end, h, H, V, v0, C, BV), tl.trans(state), SPLIT, DT, ACC)
-        d_k += split_dot(load(v, start, end, h, H, V, v0, C, BV), tl.trans(adjoint), SPLIT, DT, ACC)
+        to_q, to_k = load(do, start, end, h, H, V, v0, C, BV), load(v, start, end, h, H, V, v0, C, BV)
+        d_q += split_dot(to_q, tl.trans(state), SPLIT, DT, ACC)
+        d_k += split_dot(to_k, tl.trans(adjoint), SPLIT, DT, ACC)
+        qk += dot(to_q, tl.trans(to_k), DT, ACC)
         if READS == 2:
-            d_r += split_dot(load(du, start, end, h, H, V, v0, C, BV), tl.trans(state), SPLIT, DT, ACC)
+            to_r = load(du, start, end, h, H, V, v0, C, BV)
+            d_r += split_dot(to_r, tl.trans(state), SPLIT, DT, ACC)
+            rk += dot(to_r, tl.trans(to_k), DT, ACC)
         if WRITES == 2:
-            d_w += split_dot(load(u, start, end, h, H, V, v0, C, BV), tl.trans(adjoint), SPLIT, DT, ACC)
-    return d_q, d_r, d_k, d_w, both
+            to_w = load(u, start, end, h, H, V, v0, C, BV)
+            d_w += split_dot(to_w, tl.trans(adjoint), SPLIT, DT, ACC)
+            qw += dot(to_q, tl.trans(to_w), DT, ACC)
+            if READS == 2:
+                rw += dot(to_r, tl.trans(to_w), DT, ACC)
+    return d_q, d_r, d_k, d_w, both, qk, qw, rk, rw
 
 
 @direct
 @triton.jit
 def _grads(
-    q, r, k, w, do, du, v, u, qk, qw, rk, rw, S, D, G, dq, dr, dk, dw, dg, offsets, c, N, H, K, V, X, tokens,
+    q, r, k, w, do, du, v, u, S, D, G, dq, dr, dk, dw, dg, offsets, c, N, H, K, V, X, tokens,
     READS: tl.constexpr, WRITES: tl.constexpr, GATE: tl.constexpr, BEFORE: tl.constexpr, SPLIT: tl.constexpr,
     C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BX: tl.constexpr, DT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Gradients of reads and writes and of the gates, for a block of key channels of a chunk.
 
     Reads: q with cotangent c do, and r (before its token's update) with cotangent -du. Writes: k with v, and w with u.
-    qk ... rw [tokens, H, C] hold the products do v^T ... du u^T. S is the state at the chunk's start and D the adjoint
-    at its end. A gate decays what is read later of what was written earlier: dg_t is sum_v S D decayed over the chunk, the reads of
-    S from t on, the writes before t that D sees, and the pairs inside the chunk with a read from t on and a write before it. EXACT
-    (operands as precise as sums) adds up just these; otherwise they are the sum from t on of read . d read - write . d write, less
-    `late`, what is read at t ahead of its gate: fewer products, in which what no gate decays cancels. SPLIT: see `split_dot`.
+    S is the state at the chunk's start and D the adjoint at its end. A gate decays what is read later of what was written
+    earlier: dg_t is sum_v S D decayed over the chunk, the reads of S from t on, the writes before t that D sees, and the
+    pairs inside the chunk with a read from t on and a write before it. EXACT (operands as precise as sums) adds up just
+    these; otherwise they are the sum from t on of read . d read - write . d write, less `late`, what is read at t ahead of
+    its gate: fewer products, in which what no gate decays cancels. SPLIT: see `split_dot`.
     """
     blocks = tl.cdiv(K, BK)
     slot, k0, h = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BK, tl.program_id(1)
@@ -521,7 +531,7 @@ def _grads(
         return
     x0 = k0 if BX > 1 else 0
     EXACT: tl.constexpr = DT == ACC
-    d_q, d_r, d_k, d_w, tail = outside(
+    d_q, d_r, d_k, d_w, tail, d_qk, d_qw, d_rk, d_rw = outside(
         do, du, v, u, S, D, slot, k0, start, end, h, H, K, V, READS, WRITES, SPLIT, C, BK, BV, DT, ACC
     )
     after = load(G, start, end, h, H, X, x0, C, BX)
@@ -546,12 +556,8 @@ def _grads(
         passed += w_ * d_w
     tail *= weight(total, ACC)
 
-    d_qk = load(qk, start, end, h, H, C, 0, C, C).to(ACC)
-    if READS == 2:
-        d_rk = load(rk, start, end, h, H, C, 0, C, C).to(ACC)
-    if WRITES == 2:
-        d_qw = load(qw, start, end, h, H, C, 0, C, C).to(ACC)
-        d_rw = load(rw, start, end, h, H, C, 0, C, C).to(ACC)
+    d_qk, d_rk = tl.where(causal(C, BEFORE), d_qk, 0.0), tl.where(causal(C, True), d_rk, 0.0)
+    d_qw, d_rw = tl.where(causal(C, BEFORE), d_qw, 0.0), tl.where(causal(C, True), d_rw, 0.0)
     if GATE == HEAD:
         passed, slope = tl.sum(passed, 1), tl.zeros([C], ACC)
         if EXACT:
@@ -627,7 +633,6 @@ LEVELS = C.bit_length() - 1
 # Microseconds of one launch on an H200 (torch 2.11, triton 3.6) at B=2, T=4096, H=16, K=96, V=192 / B=1, T=32768, H=8,
 # K=V=128, and what else was tried, as blocks x warps:
 TILES = {
-    "plain scores": (64, 64, 4, 2),  # 31 / 43; 32x4 40 / 53, 128x4 37 / 44
     "head scores": (64, 64, 8, 3),  # 39 / 85; 64x4 43 / 87, 128x4 47 / 110
     "channel scores of two": (32, 64, 4, 3),  # on an H100 287 / 719; 32x8 404 / 1002, 16x4 326 / 787, 16x8 567 / 1450
     "channel scores": (32, 64, 8, 3),  # 153 / 388; 32x4 177 / 415, 64x4 199 / 390
@@ -739,9 +744,9 @@ def cumulate(at: Layout, g: Tensor) -> Tensor:
     return G
 
 
-def scores(at: Layout, read: Tensor, written: Tensor, G: Tensor, before: bool, plain: bool = False) -> Tensor:
-    """Decayed products of reads and writes inside chunks, [tokens, H, C]; `plain`: not decayed."""
-    return _launch_scores(at, (read, None), written, G, PLAIN.value if plain else at.gate, before)[0]
+def scores(at: Layout, read: Tensor, written: Tensor, G: Tensor, before: bool) -> Tensor:
+    """Decayed products of reads and writes inside chunks, [tokens, H, C]."""
+    return _launch_scores(at, (read, None), written, G, before)[0]
 
 
 class Pairs(NamedTuple):
@@ -761,7 +766,7 @@ def pairs(
     """All pairs of one or two reads, the second before its token's update, with the writes; near: keep decayed reads."""
     if at.gate == HEAD.value:
         return Pairs()
-    return _launch_scores(at, (read, second), written, G, at.gate, before, near, True)
+    return _launch_scores(at, (read, second), written, G, before, near, True)
 
 
 def _empty_pairs(at: Layout, read: Tensor, two: bool, near: bool, far: bool) -> Pairs:
@@ -775,15 +780,15 @@ def like_pairs(at: Layout, read: Tensor, two: bool = False, near: bool = True) -
     return Pairs() if at.gate == HEAD.value else _empty_pairs(at, read, two, near, True)
 
 
-def _launch_scores(at, reads, written, G, gate, before, near=False, far=False) -> Pairs:
+def _launch_scores(at, reads, written, G, before, near=False, far=False) -> Pairs:
     read, second = reads
     two, K = second is not None, read.shape[-1]
     out = _empty_pairs(at, read, two, near, far)
-    name = ("plain scores", "head scores", "channel scores of two" if two else "channel scores")[gate]
+    name = "head scores" if at.gate == HEAD.value else "channel scores of two" if two else "channel scores"
     BK, _, launch = at.tile(name, K, K)
     _scores[at.slots, at.H](
         read, second if two else read, written, *(out.scores if x is None else x for x in out), G, at.offsets, at.N, at.H, K, at.X,
-        gate, before, two, near, far, LEVELS=LEVELS, BK=BK, BX=at.wide_gate(BK), **launch,
+        at.gate, before, two, near, far, LEVELS=LEVELS, BK=BK, BX=at.wide_gate(BK), **launch,
     )  # fmt: skip
     return out
 
@@ -880,7 +885,6 @@ def grads(
     c: float, before: bool = False,
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:  # fmt: skip
     """Gradients of reads, of writes and of g; reads: (q, do) and perhaps (r, du), writes: (k, v) and perhaps (w, u)."""
-    pairs = [[scores(at, x, y, G, before or i > 0, plain=True) for _, y in writes] for i, (_, x) in enumerate(reads)]
     d_reads, d_writes = ([torch.empty_like(x) for x, _ in side] for side in (reads, writes))
     name = "head grads" if at.X == 1 else "channel grads" if len(reads) + len(writes) == 2 else "channel grads of two"
     BK, BV, launch = at.tile(name, at.K, at.V)
@@ -888,7 +892,7 @@ def grads(
     dg = at.empty(q := reads[0][0], shares, at.tokens, at.H, at.X, dtype=at.wide)
     (q, do), (r, du), (k, v), (w, u) = reads[0], reads[-1], writes[0], writes[-1]
     _grads[at.slots * blocks(at.K, BK), at.H](
-        q, r, k, w, do, du, v, u, pairs[0][0], pairs[0][-1], pairs[-1][0], pairs[-1][-1], S, D, G,
+        q, r, k, w, do, du, v, u, S, D, G,
         d_reads[0], d_reads[-1], d_writes[0], d_writes[-1], dg, at.offsets, c, at.N, at.H, at.K, at.V, at.X, at.tokens,
         len(reads), len(writes), at.gate, before, S.dtype != at.work,
         LEVELS=LEVELS, BK=BK, BV=BV, BX=at.wide_gate(BK), **launch,
