@@ -29,6 +29,7 @@ from unify.mqar.run import (
     MODELS,
     Data,
     Run,
+    Steps,
     accuracy,
     answering,
     asked,
@@ -215,14 +216,14 @@ def test_a_run_learns_repeats_and_stops_when_it_has_solved_the_task():
 @pytest.mark.gpu
 @pytest.mark.parametrize("model", ["mamba2", "palimpsa"])
 def test_a_step_waits_for_no_gpu(model):
-    run = Run(model, TINY, lr=1e-2, **{**SMALL, "steps": 4, "evaluate_every": 4})
+    run = Run(model, TINY, lr=1e-2, **{**SMALL, "steps": 8, "evaluate_every": 8})
     net = _model(run).cuda()
     optimizer = torch.optim.AdamW(net.parameters(), fused=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 8)
     sets = [Data(*(x.cuda() for x in asked(*TINY.make(512, 0, split)))) for split in (0, 1)]
 
-    def prepare(step):  # steps 2 and 3 run between two that may wait: kernels are loaded in the first
-        torch.cuda.set_sync_debug_mode("error" if step in (2, 3) else "default")
+    def prepare(step):  # kernels are loaded in the first, then a graph is captured; and the last may wait
+        torch.cuda.set_sync_debug_mode("error" if step not in (1, Steps.WARM + 1, 8) else "default")
 
     try:
         fit(answering(net), optimizer, schedule, *sets, run, print, prepare=prepare)
@@ -231,6 +232,23 @@ def test_a_step_waits_for_no_gpu(model):
             sets[0].answers.sum().item()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_steps_that_are_a_graph_are_the_steps():
+    run = Run("palimpsa_key", TINY, lr=1e-2, **{**SMALL, "steps": 16, "evaluate_every": 4})
+    sets = [Data(*(x.cuda() for x in asked(*TINY.make(512, 0, split)))) for split in (0, 1)]
+
+    def curve(rate=run.lr, **options):
+        torch.manual_seed(0)
+        net = _model(run).cuda()
+        optimizer = torch.optim.AdamW(net.parameters(), lr=rate, fused=True)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 16)
+        return [x[1] for x in fit(answering(net), optimizer, schedule, *sets, run, lambda *x: None, **options)]
+
+    plain, graph, planted = curve(captured=False), curve(), curve(1.1 * run.lr)
+    far = lambda x: max(abs(a - b) for a, b in zip(plain, x, strict=True))  # noqa: E731
+    assert far(graph) < 1e-2 < far(planted)
 
 
 @pytest.mark.slow
