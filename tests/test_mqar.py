@@ -29,7 +29,6 @@ from unify.mqar.run import (
     MODELS,
     Data,
     Run,
-    Steps,
     accuracy,
     answering,
     asked,
@@ -43,6 +42,7 @@ from unify.mqar.run import (
 from unify.mqar.sweep import grid, load, sweep
 from unify.mqar.task import IGNORED, Task
 from unify.mqar.transform import HOSTS, Transformation, host, phase, transform
+from unify.steps import Steps
 
 TINY = Task(16, 2, vocab=16)
 SMALL = {

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unify.errors import UnifyError
+from unify.steps import Steps
 
 from .corpus import Corpus
 from .measure import Repeats, measure, repeats
@@ -128,7 +129,8 @@ class Trainee:
             groups, lr=run.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=device == "cuda"
         )
         self.schedule = get_cosine_schedule_with_warmup(self.optimizer, run.steps // 20, run.steps)
-        self.missed = torch.compile(self.loss, dynamic=False) if compiled else self.loss
+        missed = torch.compile(self.loss, dynamic=False) if compiled else self.loss
+        self.steps = Steps(missed, self.optimizer, device == "cuda", clip=1.0)
 
     def logits(self, rows: Tensor) -> Tensor:
         """[B, T - 1, 256], float32: of the bytes after the first, from rows [B, T] uint8."""
@@ -142,13 +144,9 @@ class Trainee:
 
     def step(self, rows: Tensor) -> Tensor:
         """One step on rows [B, T]; the loss, still on the device."""
-        loss = self.missed(rows)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
+        loss = self.steps(rows)
         self.schedule.step()
-        return loss.detach()
+        return loss
 
     @torch.no_grad()
     def read(self, windows: Tensor, batch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -182,7 +180,8 @@ def pace(run: Run, device: str, compiled: bool = False, repeats: int = 5) -> tup
     rows = torch.randint(BYTES, (run.batch, run.length), dtype=torch.uint8).to(device)
 
     def timed(work: Callable[[], object]) -> float:
-        work(), work()
+        for _ in range(Steps.WARM + 1):
+            work()
         start = _wait(device)
         for _ in range(repeats):
             work()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from unify.errors import UnifyError
+from unify.steps import Steps
 
 from .task import IGNORED, Task
 
@@ -215,44 +216,6 @@ def _groups(model) -> list[dict[str, Any]]:
     return [{"params": rest}, {"params": free, "weight_decay": 0.0}]
 
 
-class Steps:
-    """Optimizer steps on batches of one shape; each returns its loss. On a GPU, after `WARM` of them, a step is a CUDA graph: its many
-    kernels take less time than their launches. A new one is captured when other parameters train."""
-
-    WARM = 3
-
-    def __init__(self, loss: Loss, optimizer: torch.optim.Optimizer, cast: torch.autocast, captured: bool):
-        self.loss, self.optimizer, self.cast, self.captured = loss, optimizer, cast, captured
-        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.seen, self.trained = 0, None
-        for group in optimizer.param_groups if captured else ():  # a graph finds the rate of its step in memory
-            group.update(capturable=True, lr=torch.tensor(group["lr"], device=self.parameters[0].device))
-
-    def __call__(self, some: Data) -> Tensor:
-        trained = [p.requires_grad for p in self.parameters]
-        if trained != self.trained:
-            self.trained, self.seen, self.graph = trained, 0, None
-        self.seen += 1
-        if not self.captured or self.seen <= self.WARM:
-            return self._step(some)
-        if self.graph is None:
-            self.graph, self.given = torch.cuda.CUDAGraph(), Data(*(x.clone() for x in some))
-            with torch.cuda.graph(self.graph):
-                self.missed = self._step(self.given)
-        for kept, x in zip(self.given, some, strict=True):
-            kept.copy_(x)
-        self.graph.replay()
-        return self.missed
-
-    def _step(self, some: Data) -> Tensor:
-        self.optimizer.zero_grad(set_to_none=True)
-        with self.cast:
-            missed = self.loss(*some)
-        missed.backward()
-        self.optimizer.step()
-        return missed.detach()
-
-
 def fit(
     answer: Answer,
     optimizer: torch.optim.Optimizer,
@@ -277,11 +240,11 @@ def fit(
     device, curve = train.inputs.device.type, []
     rows = batches(len(train.inputs), run.batch, run.seed, device)
     cast = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
-    steps = Steps(loss or loss_of(answer), optimizer, cast, captured and device == "cuda")
+    steps = Steps(cast(loss or loss_of(answer)), optimizer, captured and device == "cuda")
     total, since = torch.zeros((), device=device), 0
     for step in range(1, run.steps + 1):
         prepare(step)
-        total, since = total + steps(train.take(next(rows))), since + 1
+        total, since = total + steps(*train.take(next(rows))), since + 1
         schedule.step()
         if step % run.evaluate_every and step < run.steps:
             continue

@@ -1,0 +1,54 @@
+"""Training steps on batches of one shape; on a GPU a step becomes a CUDA graph, as its many kernels take less time than their launches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+class Steps:
+    """Optimizer steps; each takes the loss's arguments, tensors of the same shapes every time, and returns the loss, detached.
+
+    loss: a number from tensors. clip: the norm above which gradients are scaled down to it. captured: after `WARM` steps, a step is a
+    graph that replays on the arguments' values; a new one is captured when other parameters train. Needs parameters on a GPU and
+    an optimizer that can be captured (AdamW); its rates become tensors there, which a schedule writes to.
+    """
+
+    WARM = 3
+
+    def __init__(
+        self, loss: Callable[..., Tensor], optimizer: torch.optim.Optimizer, captured: bool, clip: float | None = None
+    ):
+        self.loss, self.optimizer, self.captured, self.clip = loss, optimizer, captured, clip
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.seen, self.trained = 0, None
+        for group in optimizer.param_groups if captured else ():
+            group.update(capturable=True, lr=torch.tensor(group["lr"], device=self.parameters[0].device))
+
+    def __call__(self, *given: Tensor) -> Tensor:
+        """One step."""
+        trained = [p.requires_grad for p in self.parameters]
+        if trained != self.trained:
+            self.trained, self.seen, self.graph = trained, 0, None
+        self.seen += 1
+        if not self.captured or self.seen <= self.WARM:
+            return self._step(*given)
+        if self.graph is None:
+            self.graph, self.given = torch.cuda.CUDAGraph(), [x.clone() for x in given]
+            with torch.cuda.graph(self.graph):
+                self.missed = self._step(*self.given)
+        for kept, x in zip(self.given, given, strict=True):
+            kept.copy_(x)
+        self.graph.replay()
+        return self.missed.clone()
+
+    def _step(self, *given: Tensor) -> Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        missed = self.loss(*given)
+        missed.backward()
+        if self.clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        self.optimizer.step()
+        return missed.detach()
