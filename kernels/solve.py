@@ -26,6 +26,7 @@ from unify.kernels import chunk
 from unify.kernels.chunk import dot, load, locate, matrix_at, split_dot, store, weight
 from unify.kernels.direct import direct
 from unify.kernels.operator import operator
+from unify.kernels.tile import inner
 
 STEPS = 256  # the worst system tried (condition number 1.6e5) took 105 steps in bfloat16, 188 in float32
 # Residual at which a solve ends, relative to q, both measured by the preconditioner. Steps that takes, emulated in torch
@@ -83,17 +84,17 @@ def _solve(
     r /= size
     x = 0.0 * r  # NaN where q is
     p = (scaling * r).to(DT)  # rounded before it is used: the residual then belongs to x, however coarse the products
-    rho = tl.sum(scaling * r * r, 1)
+    rho = inner(scaling * r, r, 1)
     goal = TOLERANCE * TOLERANCE * rho
     open = (rho > goal) | (rho != rho)
     count = 0
     while (count < steps) & (tl.max(open.to(tl.int32), 0) > 0):
         Ap = keep * split_dot(p, tl.trans(past), SPLIT, DT, ACC)
         Ap += dot(pairs * dot(p, tl.trans(keys), DT, ACC), keys, DT, ACC) + level * p
-        length = (tl.where(open, rho, 0.0) / tl.where(open, tl.sum(p * Ap, 1), 1.0))[:, None]
+        length = (tl.where(open, rho, 0.0) / tl.where(open, inner(p, Ap, 1), 1.0))[:, None]
         x += length * p
         r -= length * Ap
-        new = tl.sum(scaling * r * r, 1)
+        new = inner(scaling * r, r, 1)
         turn = (tl.where(open, new, 0.0) / tl.where(open, rho, 1.0))[:, None]
         p = (scaling * r + turn * p).to(DT)
         rho = new

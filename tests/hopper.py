@@ -1,6 +1,7 @@
 """Compiles every kernel that some ops launch for a Hopper GPU, without one: what the compiler says about them, as JSON.
 
-python tests/hopper.py MODEL:K:V ...    each on bfloat16 arguments, forward and backward; "planted" is a kernel with a fault
+python tests/hopper.py MODEL:K:V[:DTYPE] ...    each on bfloat16 arguments or of that type, forward and backward; "planted" and
+                                                "uneven" are kernels with a fault
 
 Run as a process of its own, because the test session's kernels are interpreted.
 """
@@ -48,6 +49,21 @@ def refilled_early(code: str) -> list[str]:
     return sorted(x for x in used if places[x] < max(2, *(places[y] for y in used)))
 
 
+def uneven_sums(code: str) -> int:
+    """How often a lane adds a product of its own, not rounded, to one of another lane's: the sums they hold then differ, see
+    `tile.inner`. code: PTX."""
+    others = set(re.findall(r"shfl\.sync\.bfly\.b32\s+(%r\d+),", code))
+    return sum(m[1] in others for m in re.finditer(r"fma\.rn\.f32\s+%r\d+, %r\d+, %r\d+, (%r\d+);", code))
+
+
+@triton.jit
+def uneven(x, out, N, C: tl.constexpr):
+    """A sum of products, one a lane: rows that start anywhere are not loaded four channels at once."""
+    i = tl.arange(0, C)
+    square = tl.load(x + i[:, None] * N + i[None, :])
+    tl.store(out + i, tl.sum(square * square, 1))
+
+
 @triton.jit
 def planted(x, y, out, N, C: tl.constexpr):
     """A sum of products, and a sum over one of their operands: one load with two uses."""
@@ -62,7 +78,10 @@ def planted(x, y, out, N, C: tl.constexpr):
 
 
 def launch(name: str) -> None:
-    """Everything a model launches: MODEL:K:V, or the planted fault."""
+    """Everything a model launches: MODEL:K:V[:DTYPE], or a planted fault."""
+    if name == "uneven":
+        uneven[(1,)](torch.zeros(32, 33), torch.zeros(32), 33, C=32)
+        return
     if name == "planted":
         x = torch.zeros(64, 256, dtype=torch.bfloat16)
         planted[(1,)](x, x, torch.zeros(64, 64), 256, C=64, num_warps=4, num_stages=2)
@@ -75,9 +94,10 @@ def launch(name: str) -> None:
     direct.KNOWN = 0  # every launch comes by here
     tile = elementwise._Launch.tile
     elementwise._Launch.tile = lambda self, shape: (options := tile(self, shape))[0].update(FAST=True) or options
-    model, K, V = name.split(":")
+    model, K, V, *dtype = name.split(":")
     op = compile(get(model).triple, "triton", checked=False)
-    given = {n: x.requires_grad_() for n, x in draw(op, Size(1, 256, 16, int(K), int(V)), "cpu").items()}
+    given = draw(op, Size(1, 256, 16, int(K), int(V)), "cpu")
+    given = {n: x.to(getattr(torch, dtype[0]) if dtype else x.dtype).requires_grad_() for n, x in given.items()}
     cut = chunk.cut
     for pieces in (1, 3):  # walks over whole sequences, and in pieces
         chunk.cut = lambda at, programs, pieces=pieces: pieces
@@ -93,8 +113,8 @@ def main(names: list[str]) -> None:
 
     def only_compile(self, *arguments, grid, warmup, **options):
         kernel = run(self, *arguments, grid=grid, warmup=True, **options)
-        early = refilled_early(kernel.asm["ttgir"])
-        found.append({"of": current, "kernel": self.fn.__name__, "shared": kernel.metadata.shared, "early": early})
+        facts = {"early": refilled_early(kernel.asm["ttgir"]), "uneven": uneven_sums(kernel.asm["ptx"])}
+        found.append({"of": current, "kernel": self.fn.__name__, "shared": kernel.metadata.shared, **facts})
         return kernel
 
     JITFunction.run = only_compile

@@ -21,7 +21,7 @@ from unify.lower import launch
 from unify.lower import triton as printer
 from unify.op import compile
 from unify.testing import triples
-from unify.triple import Architecture, Posterior, Triple
+from unify.triple import Architecture, Observation, Posterior, Triple
 
 FULL = Triple(Architecture("head", value="observation", precision="value"), Posterior("full"))
 
@@ -118,3 +118,14 @@ def test_a_refusal_is_counted(small):
 def test_random_triples_on_the_device(monkeypatch, tmp_path):
     monkeypatch.setenv("UNIFY_CACHE", str(tmp_path))
     tried(lengths=(1, 35, 66), K=20, V=24, device="cuda", dtype=torch.float32, tolerance=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("K", [8, 12, 20, 40])
+def test_a_read_that_is_a_solve_on_the_device(monkeypatch, tmp_path, K):
+    """The first random triple whose solve was NaN on a GPU, where the squares of K <= 32 have one product a lane."""
+    monkeypatch.setenv("UNIFY_CACHE", str(tmp_path))
+    keys = (Observation("k", target=True), Observation("p", target=True))
+    legs = Architecture("fixed", "one", "head", read="before", bonus=True, observations=keys, scale=1.0)
+    solved = Triple(legs, Posterior("full", "prior"))
+    attempt(Counter(), solved, (1, 35, 66), "weak", 1e-4, K=K, V=24, seed=43, device="cuda", dtype=torch.float32)
