@@ -27,6 +27,7 @@ from unify.symbols import SIZE, K, V, array, arrays, at_index, contract, i, j, n
 from .parallel import Request, log_of
 from .printer import indices, precise
 from .triton import (
+    PAD_ONE,
     Printed,
     Slot,
     TritonPrinter,
@@ -34,7 +35,6 @@ from .triton import (
     comment,
     content_key,
     equations,
-    PAD_ONE,
     row_of,
     slots,
 )
@@ -305,7 +305,7 @@ def gradient(recurrence: Recurrence, line: Program) -> Gradient:
 
 # -- printing -----------------------------------------------------------------------------------------------------------
 
-TOGETHER = 4  # tokens whose rows are asked for at once: else each waits for memory by itself, behind the stores of the one before
+AHEAD = 36  # registers of a thread for the rows of tokens that are asked for together; else each token waits for memory by itself
 WIDTH = {"j": "K", "i": "V"}
 _BLOCK = "slot * H + h"
 _TOKEN = "t * H + h"
@@ -369,8 +369,16 @@ class _Kernel:
         moving = [x for x in self.line.inputs if x.name in self.used and x.per != "static"]
         out = [(x.name, x.argument, row_of(x, self.line.repeats), x.dims) for x in moving]
         for x in self.line.outputs:
-            out += [(f"d_{c}", f"d_c_{x.name}", x.row(n), x.dims) for n, c in enumerate(x.names()) if f"d_{c}" in self.used]
+            adjoints = [(f"d_{c}", f"d_c_{x.name}", x.row(n), x.dims) for n, c in enumerate(x.names())]
+            out += [y for y in adjoints if y[0] in self.used]
         return out
+
+    def together(self) -> int:
+        """Of how many tokens rows are asked for at a time: as many, at 128 channels and half precision, as AHEAD is room for."""
+        wide = {x.name for x in self.line.scans}
+        wide |= {f"d_{c}" for x in self.line.outputs if not x.factor for c in x.names()}
+        taken = sum((4 if name in wide else 2) if dims else 1 for name, _, _, dims in self.rows)
+        return max(n for n in (1, 2, 4, 8) if n == 1 or n * taken <= AHEAD)
 
     def place(self, pointer: str, row: str, dims: tuple) -> str:
         """Where a token's row lies: at a distance from the group's first that is a constant, so that no address is computed."""
@@ -397,15 +405,15 @@ class _Kernel:
 
     def loop(self, body: list[str]) -> list[str]:
         """Over the tokens, as many at a time as have their rows asked for together."""
-        given = self._places().replace(": tl.constexpr", "")
+        given, together = self._places().replace(": tl.constexpr", ""), self.together()
         return [
             "count = (end - begin).to(tl.int32)",
-            f"for turn in range(0, count, {TOGETHER}):",
+            f"for turn in range(0, count, {together}):",
             f"    first = {'begin + turn' if self.step == '+' else 'end - 1 - turn'}",
             "    rows = (",
-            *(f"        {self.name}_rows(first, {n}, turn + {n} < count, {given})," for n in range(TOGETHER)),
+            *(f"        {self.name}_rows(first, {n}, turn + {n} < count, {given})," for n in range(together)),
             "    )",
-            f"    for n in tl.static_range({TOGETHER}):",
+            f"    for n in tl.static_range({together}):",
             "        if turn + n < count:",
             f"            ({self._names()},) = rows[n]",
             *(f"            {x[0]} = {x[0]}.to(ACC)" for x in self.rows),
