@@ -192,9 +192,18 @@ def _denominators(expr: sp.Expr) -> list[tuple[sp.Expr, sp.Expr]]:
     return out
 
 
+def _one_log(expr: sp.Expr) -> sp.Expr:
+    """A sum with log(x) - log(y) in it as log(x/y): a logarithm takes 25 instructions a channel, and no digits cancel."""
+    logs = [x for x in sp.Add.make_args(expr) if isinstance(x, sp.log)]
+    less = [x for x in sp.Add.make_args(expr) if isinstance(-x, sp.log)]
+    for x, y in zip(logs, less, strict=False):
+        expr += sp.log(x.args[0] / (-y).args[0]) - x - y
+    return expr
+
+
 def _inverted(lines: Iterable[Assign]) -> list[Assign]:
     """What several fractions divide by is inverted once: a division takes eight instructions a channel, a product one."""
-    lines = list(lines)
+    lines = [replace(x, expr=_one_log(x.expr)) for x in lines]
     times = Counter(base for x in lines for _, base in _denominators(x.expr))
     known: dict[sp.Expr, str] = {}
     out = []
