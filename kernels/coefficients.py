@@ -58,8 +58,8 @@ def _carry(
         here = (first + (done + at) * step)[:, None]
         before = (at > 0) & (done + at <= count)  # a row takes the block before its own, so the first takes none
         g, x = _block(total, gain, here - step, d[None, :], D, before[:, None] & (d < D)[None, :], PER_CHANNEL)
-        last = done + BLOCKS - 1
-        g_last, x_last = _block(total, gain, first + last * step, d, D, (last < count) & (d < D), PER_CHANNEL)
+        final = done + BLOCKS - 1
+        g_last, x_last = _block(total, gain, first + final * step, d, D, (final < count) & (d < D), PER_CHANNEL)
         g, x = tl.associative_scan((g, x), 0, _join)
         found = tl.exp(g) * state[None, :] + x
         tl.store(edges + here * D + d[None, :], found, mask=(done + at < count)[:, None] & (d < D)[None, :])

@@ -3,6 +3,7 @@
 A family's kernels take decays, keys, reads, queries, scaled values. Here the lines of the recurrence that lead to them are
 printed as a loop over the R tokens of a block, one head a program. Small linear states (a decay and a drive that read no
 state) go along in registers, from what a scan over blocks brought to the block's start: see `unify.kernels.coefficients`.
+Rows of several tokens are asked for before any of them is worked on, for a load waits behind the stores printed before it.
 
 The gradient is the straight line differentiated, with the small states' own recurrence turned around in its middle; values
 are recomputed. What does not print like this - a matrix, a solve, a nonlinear state - is left to torch, coefficient by
