@@ -21,14 +21,22 @@ from unify.kernels.direct import direct
 from unify.kernels.operator import operator
 
 STATEFUL, STATELESS = 32, 8  # tokens of a block
-BLOCKS, CHANNELS = 64, 16  # blocks and channels that the scan over blocks takes at a time
+BLOCKS, CHANNELS = 128, 8  # blocks, at most, and channels that the scan over blocks takes at a time
+REGISTERS = 64  # of a thread: 32 programs of one warp are all that a multiprocessor takes, and they fill its registers
 REGISTRY: dict[str, tuple] = {}  # content key -> (imported module, printed Coefficients)
 
 
 @triton.jit
-def _join(g1, x1, e1, y1, g2, x2, e2, y2):
-    """Two runs of blocks: how they decay a state and what they add; e and y are the same without a run's last block."""
-    return g1 + g2, tl.exp(g2) * x1 + x2, g1 + e2, tl.exp(e2) * x1 + y2
+def _join(g1, x1, g2, x2):
+    """Two runs of blocks: how they decay a state and what they add."""
+    return g1 + g2, tl.exp(g2) * x1 + x2
+
+
+@triton.jit
+def _block(total, gain, row, d, D, live, PER_CHANNEL: tl.constexpr):
+    """How blocks decay a state and what they add; where none is live, nothing."""
+    at = row * D + d if PER_CHANNEL else row + 0 * d
+    return tl.load(total + at, mask=live, other=0.0), tl.load(gain + row * D + d, mask=live, other=0.0)
 
 
 @direct
@@ -45,20 +53,18 @@ def _carry(
     slot, count = first // R + n, tl.cdiv(last - first, R)
     d, at = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS), tl.arange(0, BLOCKS)
     state = tl.load(start + row * D + d, mask=d < D, other=0.0).to(ACC)
+    first, step = ((slot + count - 1) * H + h, -H) if REVERSE else (slot * H + h, H)
     for done in range(0, count, BLOCKS):
-        where = ((slot + (count - 1 - done - at if REVERSE else done + at)) * H + h)[:, None]
-        live = (done + at < count)[:, None] & (d < D)[None, :]
-        x = tl.load(gain + where * D + d[None, :], mask=live, other=0.0)
-        if PER_CHANNEL:
-            g = tl.load(total + where * D + d[None, :], mask=live, other=0.0)
-        else:
-            g = tl.load(total + where + 0 * d[None, :], mask=live, other=0.0)
-        none = tl.zeros_like(x)
-        g, x, e, y = tl.associative_scan((g, x, none, none), 0, _join)
-        tl.store(edges + where * D + d[None, :], tl.exp(e) * state[None, :] + y, mask=live)
+        here = (first + (done + at) * step)[:, None]
+        before = (at > 0) & (done + at <= count)  # a row takes the block before its own, so the first takes none
+        g, x = _block(total, gain, here - step, d[None, :], D, before[:, None] & (d < D)[None, :], PER_CHANNEL)
+        final = done + BLOCKS - 1
+        g_last, x_last = _block(total, gain, first + final * step, d, D, (final < count) & (d < D), PER_CHANNEL)
+        g, x = tl.associative_scan((g, x), 0, _join)
+        found = tl.exp(g) * state[None, :] + x
+        tl.store(edges + here * D + d[None, :], found, mask=(done + at < count)[:, None] & (d < D)[None, :])
         # past the end nothing decays, so the last row is what the last block leaves
-        left = tl.exp(g) * state[None, :] + x
-        state = tl.sum(tl.where(at[:, None] == BLOCKS - 1, left, 0.0), 0)
+        state = tl.exp(g_last) * tl.sum(tl.where(at[:, None] == BLOCKS - 1, found, 0.0), 0) + x_last
     tl.store(end + row * D + d, state, mask=d < D)
 
 
@@ -78,14 +84,18 @@ class _Launch:
         self.acc = tl.float64 if self.wide == torch.float64 else tl.float32
         self.like, self.offsets = inputs[0], offsets
         self.buffers = {f"{x.argument}_ptr": y.contiguous() for x, y in zip(self.spec.inputs, inputs, strict=True)}
-        self.tail = (offsets, scale, self.N, tokens, self.H, K, V)
+        self.tail = (offsets, scale, self.N, tokens)
         self.pointers = dict(self.spec.kernels)
 
     @cached_property
     def options(self) -> dict:
         """Constants of the printed kernels and launch options; not for a graph, where sizes may be symbols."""
         BK, BV = map(power, self.size.values())
-        return {"R": self.R, "BK": BK, "BV": BV, "ACC": self.acc, "num_warps": max(1, max(BK, BV) // 256)}
+        sizes = {"H": self.H, "K": self.size["j"], "V": self.size["i"], "R": self.R}
+        rows = {d for x in (*self.spec.inputs, *self.spec.outputs, *self.spec.states) for d in x.dims}
+        capped = self.acc == tl.float32 and all(self.size[d] <= 128 for d in rows)  # wider rows would not fit
+        limits = {"num_warps": max(1, max(BK, BV) // 256)} | ({"maxnreg": REGISTERS} if capped else {})
+        return sizes | {"BK": BK, "BV": BV, "ACC": self.acc} | limits
 
     def new(self, dims: tuple, *lead: int, dtype: torch.dtype | None = None) -> Tensor:
         """An empty buffer [*lead, channels]."""
@@ -103,10 +113,12 @@ class _Launch:
         gain = self.buffers[f"{prefix}{x.name}_gain_ptr"]
         self.buffers[f"{prefix}{x.name}_{near}_ptr"], end = torch.empty_like(gain), torch.empty_like(edge)
         D = self.size[x.dims[0]] if x.dims else 1
+        together = min(BLOCKS, max(16, power((self.slots - self.N) // self.N)))
         _carry[self.N * self.H, blocks(D, CHANNELS)](
             self.buffers[f"{x.name}_total_ptr"], gain, edge.contiguous(), self.buffers[f"{prefix}{x.name}_{near}_ptr"], end,
             self.offsets, self.H, D,
-            PER_CHANNEL=x.decay == x.dims, REVERSE=back, R=self.R, BLOCKS=BLOCKS, CHANNELS=CHANNELS, ACC=self.acc,
+            PER_CHANNEL=x.decay == x.dims, REVERSE=back, R=self.R, BLOCKS=together, CHANNELS=CHANNELS, ACC=self.acc,
+            num_warps=max(1, together * CHANNELS // 128),
         )  # fmt: skip
         return end
 

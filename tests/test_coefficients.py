@@ -163,7 +163,32 @@ def test_what_is_computed_together_and_what_is_left(small):
 def test_blocks_of_real_size(monkeypatch, tmp_path):
     monkeypatch.setenv("UNIFY_CACHE", str(tmp_path))
     R = kernels.STATEFUL
-    assert worst(get("palimpsa_key").triple, (1, R - 1, R, R + 1), H=2)[0] <= 1e-12
+    assert worst(get("palimpsa_key").triple, (1, 2, 3, R - 1, R, R + 1, 2 * R + 1), H=2)[0] <= 1e-12
+
+
+@pytest.mark.parametrize("name", ["palimpsa_key", "meta_gdn", "meta_kda", "gated_deltanet", "kda", "two observations"])
+def test_nothing_is_read_from_another_sequence(name, small):
+    """Rows are asked for several tokens at a time: every other sequence is NaN, at all of its tokens and in its states."""
+    lengths = (2, 1, 1, 2, 9, 3, 1, 7, 1, 8, 2, 9, 1, 15, 1, 17, 3)
+    op, inputs, state = case(EXTRA[name] if name in EXTRA else get(name).triple, lengths, 1, 3, 5)
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    fixed = {x.name for x in op.recurrence.inputs if x.per == "static"}
+    clean = torch.arange(len(lengths)) % 2 == 1
+    tokens = clean.repeat_interleave(torch.tensor(lengths))
+
+    def part(x):
+        """What belongs to the clean sequences: of a row for each sequence, or of one or more for each token."""
+        return x[clean] if x.shape[0] > 1 else x[:, tokens.repeat_interleave(x.shape[1] // len(tokens))]
+
+    def spoilt(x):
+        of = clean if x.shape[0] > 1 else tokens.repeat_interleave(x.shape[1] // len(tokens))[None]
+        return torch.where(of.reshape(*of.shape, *[1] * (x.ndim - of.ndim)), x, torch.nan)
+
+    around = {k: x if k in fixed else spoilt(x) for k, x in inputs.items()}
+    want = with_gradients(lambda x, s: fused(op, x, s, offsets), inputs, state)
+    got = with_gradients(lambda x, s: fused(op, x, s, offsets), around, [spoilt(x) for x in state])
+    for a, b in zip(want, got, strict=True):
+        assert all(torch.equal(part(a[k]), part(b[k])) for k in a.keys() - fixed)
 
 
 def test_results_repeat(small):
@@ -210,9 +235,10 @@ def test_kernels_read_like_the_equations():
     for equation, code in (
         ("# observe: Ibar_new[j] = Ibar_p[j] + importance*k[j]**2", "Ibar_new = Ibar_p + importance * square(k)"),
         (
-            "# coefficient: c_query[j] = q[j]/(prior_precision + Ibar_new[j])",
-            "c_query = q / (prior_precision + Ibar_new)",
+            "# inverse: inverse_1[j] = 1/(prior_precision + Ibar_new[j])",
+            "inverse_1 = 1 / (prior_precision + Ibar_new)",
         ),
+        ("# coefficient: c_query[j] = inverse_1[j]*q[j]", "c_query = inverse_1 * q"),
     ):
         assert lines[lines.index(equation) + 1] == code
 

@@ -3,6 +3,7 @@
 A family's kernels take decays, keys, reads, queries, scaled values. Here the lines of the recurrence that lead to them are
 printed as a loop over the R tokens of a block, one head a program. Small linear states (a decay and a drive that read no
 state) go along in registers, from what a scan over blocks brought to the block's start: see `unify.kernels.coefficients`.
+Rows of several tokens are asked for before any of them is worked on, for a load waits behind the stores printed before it.
 
 The gradient is the straight line differentiated, with the small states' own recurrence turned around in its middle; values
 are recomputed. What does not print like this - a matrix, a solve, a nonlinear state - is left to torch, coefficient by
@@ -12,8 +13,9 @@ coefficient.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import sympy as sp
@@ -21,11 +23,12 @@ import sympy as sp
 from unify.adjoint import emit, reverse, shapes
 from unify.recurrence import Assign, Recurrence
 from unify.structure import Structure
-from unify.symbols import K, array, arrays, contract, name_of
+from unify.symbols import SIZE, K, V, array, arrays, at_index, contract, i, j, name_of
 
 from .parallel import Request, log_of
 from .printer import indices, precise
 from .triton import (
+    PAD_ONE,
     Printed,
     Slot,
     TritonPrinter,
@@ -33,10 +36,8 @@ from .triton import (
     comment,
     content_key,
     equations,
-    load_line,
     row_of,
     slots,
-    store_line,
 )
 
 
@@ -47,6 +48,11 @@ class TokenPrinter(TritonPrinter):
         """Source of an expression; the logarithm of a size needs a tensor."""
         return "tl.log(tl.full([], K, ACC))" if expr == sp.log(K) else super().code(expr, dims)
 
+    def _sum(self, expr: sp.Add, dims: tuple) -> str:
+        """Contractions over one channel are one: their terms are added before lanes are."""
+        joined = _together(expr) if not dims else expr if expr.has(sp.Sum) else sp.factor_terms(expr)
+        return super()._sum(joined, dims) if isinstance(joined, sp.Add) else self.code(joined, dims)
+
     def assignment(self, step: Assign) -> str:
         """One assignment."""
         text, shape = self.code(precise(step.expr), step.dims), block_shape(tuple(map(str, step.dims)))
@@ -54,6 +60,23 @@ class TokenPrinter(TritonPrinter):
             return f"{step.name} = tl.full({shape}, {text}, ACC)"
         spread = bool(step.dims) and not indices(step.expr)
         return f"{step.name} = {text}{f' + tl.zeros({shape}, ACC)' if spread else ''}"
+
+
+def _together(expr: sp.Add) -> sp.Expr:
+    """A number with its contractions over key channels taken together, and so those over value channels."""
+    found: dict[sp.Symbol, list] = {}
+    rest = []
+    for term in expr.args:
+        totals = [x for x in sp.Mul.make_args(term) if isinstance(x, sp.Sum)]
+        if len(totals) != 1 or len(totals[0].limits) != 1:
+            rest.append(term)
+            continue
+        bound = totals[0].limits[0][0]
+        axis = i if SIZE[bound] == V else j
+        found.setdefault(axis, []).append(term / totals[0] * at_index(totals[0].function, bound, axis))
+    if all(len(x) == 1 for x in found.values()):
+        return expr
+    return sp.Add(*rest, *(contract(sp.Add(*x), axis) for axis, x in found.items()))
 
 
 @dataclass(frozen=True)
@@ -158,6 +181,45 @@ def _needed(lines: Iterable[Assign], names: Iterable[str]) -> list[Assign]:
     return out[::-1]
 
 
+def _denominators(expr: sp.Expr) -> list[tuple[sp.Expr, sp.Expr]]:
+    """Each whole power below a fraction line, as often as it stands there, and its base in a channel's first spelling."""
+    out = []
+    for x in sp.preorder_traversal(expr):
+        if isinstance(x, sp.Pow) and x.exp.is_Integer and x.exp < 0 and arrays(x.base):
+            base = x.base
+            for index in indices(base):
+                base = at_index(base, index, i if SIZE[index] == V else j)
+            out.append((x, base))
+    return out
+
+
+def _one_log(expr: sp.Expr) -> sp.Expr:
+    """A sum with log(x) - log(y) in it as log(x/y): a logarithm takes 25 instructions a channel, and no digits cancel."""
+    logs = [x for x in sp.Add.make_args(expr) if isinstance(x, sp.log)]
+    less = [x for x in sp.Add.make_args(expr) if isinstance(-x, sp.log)]
+    for x, y in zip(logs, less, strict=False):
+        expr += sp.log(x.args[0] / (-y).args[0]) - x - y
+    return expr
+
+
+def _inverted(lines: Iterable[Assign]) -> list[Assign]:
+    """What several fractions divide by is inverted once: a division takes eight instructions a channel, a product one."""
+    lines = [replace(x, expr=_one_log(x.expr)) for x in lines]
+    times = Counter(base for x in lines for _, base in _denominators(x.expr))
+    known: dict[sp.Expr, str] = {}
+    out = []
+    for x in lines:
+        swap = {}
+        for power, base in _denominators(x.expr):
+            if times[base] > 1:
+                if base not in known:
+                    known[base] = f"inverse_{len(known) + 1}"
+                    out.append(Assign("inverse", known[base], indices(base), 1 / base))
+                swap[power] = array(known[base], indices(power)) ** -power.exp
+        out.append(replace(x, expr=x.expr.xreplace(swap)))
+    return out
+
+
 def _used(lines: Iterable[Assign]) -> set[str]:
     return set().union(*(_reads(x.expr) for x in lines))
 
@@ -253,6 +315,8 @@ def gradient(recurrence: Recurrence, line: Program) -> Gradient:
 
 # -- printing -----------------------------------------------------------------------------------------------------------
 
+AHEAD = 36  # registers of a thread for the rows of tokens that are asked for together; else each token waits for memory by itself
+WIDTH = {"j": "K", "i": "V"}
 _BLOCK = "slot * H + h"
 _TOKEN = "t * H + h"
 
@@ -262,12 +326,35 @@ def _zero(name: str, dims: tuple) -> str:
     return f"{name} = tl.zeros({shape}, ACC)" if dims else f"{name} = tl.full([], 0.0, ACC)"
 
 
-def _load(name: str, pointer: str, row: str, dims: tuple) -> str:
-    return load_line(name, f"{pointer}_ptr", row, tuple(map(str, dims)))
+def _place(pointer: str, row: str, dims: tuple, further: str = "") -> str:
+    """Where a row of channels lies."""
+    if not dims:
+        return f"{pointer}_ptr + {row}{further}"
+    return f"{pointer}_ptr + ({row}) * {WIDTH[str(dims[0])]} + {dims[0]}{further}"
 
 
-def _store(pointer: str, row: str, dims: tuple, value: str) -> str:
-    return store_line(f"{pointer}_ptr", row, tuple(map(str, dims)), value)
+def _inside(dims: tuple) -> str:
+    return f"{dims[0]} < {WIDTH[str(dims[0])]}"
+
+
+def _load(name: str, place: str, dims: tuple, live: str = "") -> str:
+    """Load a row under a name: past the last channel lies 0, or 1 where it divides. live: whether there is such a row."""
+    other = "1.0" if name in PAD_ONE else "0.0"
+    masks = [*([live] if live else []), *([f"({_inside(dims)})" if live else _inside(dims)] if dims else [])]
+    mask = f", mask={' & '.join(masks)}, other={other}" if masks else ""
+    return f"{name} = tl.load({place}{mask})"
+
+
+def _read(name: str, pointer: str, row: str, dims: tuple) -> str:
+    return f"{_load(name, _place(pointer, row, dims), dims)}.to(ACC)"
+
+
+def _keep(pointer: str, row: str, dims: tuple, value: str) -> str:
+    return _store(_place(pointer, row, dims), dims, value)
+
+
+def _store(place: str, dims: tuple, value: str) -> str:
+    return f"tl.store({place}, {value}{f', mask={_inside(dims)}' if dims else ''})"
 
 
 def _forward(x: Scan) -> str:
@@ -275,59 +362,97 @@ def _forward(x: Scan) -> str:
 
 
 class _Kernel:
-    """One kernel: a loop over a block's tokens, with the lines that lead to what it needs and the loads they need."""
+    """One kernel: a loop over a block's tokens, with the lines that lead to what it needs and the rows they need."""
 
     def __init__(self, name: str, line: Program, lines: Iterable[Assign], ends: Iterable[str], back: bool = False):
-        self.name, self.line, self.back = name, line, back
-        self.lines = _needed(lines, ends)
+        self.name, self.line, self.step = name, line, "-" if back else "+"
+        self.lines = _inverted(_needed(lines, ends))
         self.used = set(ends) | _used(self.lines)
+        self.rows = self._rows()  # what a token needs of memory: name, pointer, which row, channels
         self.start: list[str] = []  # before the loop, after static arguments are loaded
         self.token: list[str] = []  # for each token, ahead of the lines
         self.then: list[str] = []  # for each token, after them
         self.end: list[str] = []  # after the loop
 
-    def loads(self, static: bool) -> list[str]:
+    def _rows(self) -> list[tuple[str, str, str, tuple]]:
         """Arguments, and the coefficients' adjoints."""
-        out = [
-            _load(x.name, x.argument, row_of(x, self.line.repeats), x.dims)
-            for x in self.line.inputs
-            if x.name in self.used and (x.per == "static") == static
-        ]
-        for x in () if static else self.line.outputs:
-            for n, c in enumerate(x.names()):
-                if f"d_{c}" in self.used:
-                    out.append(_load(f"d_{c}", f"d_c_{x.name}", x.row(n), x.dims))
+        moving = [x for x in self.line.inputs if x.name in self.used and x.per != "static"]
+        out = [(x.name, x.argument, row_of(x, self.line.repeats), x.dims) for x in moving]
+        for x in self.line.outputs:
+            adjoints = [(f"d_{c}", f"d_c_{x.name}", x.row(n), x.dims) for n, c in enumerate(x.names())]
+            out += [y for y in adjoints if y[0] in self.used]
         return out
+
+    def together(self) -> int:
+        """Of how many tokens rows are asked for at a time: as many, at 128 channels and half precision, as AHEAD is room for."""
+        wide = {x.name for x in self.line.scans}
+        wide |= {f"d_{c}" for x in self.line.outputs if not x.factor for c in x.names()}
+        taken = sum((4 if name in wide else 2) if dims else 1 for name, _, _, dims in self.rows)
+        return max(n for n in (1, 2, 4, 8) if n == 1 or n * taken <= AHEAD)
+
+    def place(self, pointer: str, row: str, dims: tuple) -> str:
+        """Where a token's row lies: at a distance from the group's first that is a constant, so that no address is computed."""
+        times = re.search(r"t \* (\d+)", row)
+        apart = ["n", *([times[1]] if times else []), "H", *(WIDTH[str(d)] for d in dims)]
+        return _place(pointer, re.sub(r"\bt\b", "first", row), dims, f" {self.step} {' * '.join(apart)}")
+
+    def keep(self, pointer: str, row: str, dims: tuple, value: str) -> str:
+        """Store a value as a token's row."""
+        return _store(self.place(pointer, row, dims), dims, value)
+
+    def reader(self) -> str:
+        """A function that asks for a token's rows, which stay as they lie in memory until it is the token's turn."""
+        loads = [_load(name, self.place(pointer, row, dims), dims, "live") for name, pointer, row, dims in self.rows]
+        head = f"def {self.name}_rows(first, n: tl.constexpr, live, {self._places()}):"
+        return "\n".join(["@triton.jit", head, *(f"    {x}" for x in loads), f"    return ({self._names()},)"])
+
+    def _names(self) -> str:
+        return ", ".join(x[0] for x in self.rows)
+
+    def _places(self) -> str:
+        pointers = dict.fromkeys(f"{x[1]}_ptr" for x in self.rows)
+        return ", ".join([*pointers, "h", "j", "i", "H: tl.constexpr", "K: tl.constexpr", "V: tl.constexpr"])
+
+    def loop(self, body: list[str]) -> list[str]:
+        """Over the tokens, as many at a time as have their rows asked for together."""
+        given, together = self._places().replace(": tl.constexpr", ""), self.together()
+        return [
+            "count = (end - begin).to(tl.int32)",
+            f"for turn in range(0, count, {together}):",
+            f"    first = {'begin + turn' if self.step == '+' else 'end - 1 - turn'}",
+            "    rows = (",
+            *(f"        {self.name}_rows(first, {n}, turn + {n} < count, {given})," for n in range(together)),
+            "    )",
+            f"    for n in tl.static_range({together}):",
+            "        if turn + n < count:",
+            f"            ({self._names()},) = rows[n]",
+            *(f"            {x[0]} = {x[0]}.to(ACC)" for x in self.rows),
+            *("            " + x for x in body),
+        ]
 
     def source(self) -> str:
         """The kernel's text."""
-        loop = (
-            ["for back in range(0, end - begin):", "    t = end - 1 - back"]
-            if self.back
-            else ["for t in range(begin, end):"]
-        )
         where = "locate(slot, offsets, N, R)" if self.line.scans else "slot * R, tl.minimum(slot * R + R, T)"
+        static = [x for x in self.line.inputs if x.name in self.used and x.per == "static"]
         body = [
-            "pid = tl.program_id(0).to(tl.int64)",
-            "slot, h = pid // H, pid % H  # a block of R tokens; a head",
+            "pid = tl.program_id(0)",
+            "slot, h = (pid // H).to(tl.int64), pid % H  # a block of R tokens; a head",
             f"begin, end = {where}",
             "j, i = tl.arange(0, BK), tl.arange(0, BV)",
-            *self.loads(static=True),
+            *(_read(x.name, x.argument, row_of(x, self.line.repeats), x.dims) for x in static),
             *self.start,
-            *loop,
-            *("    " + x for x in (*self.loads(static=False), *self.token)),
-            *equations(self.lines, TokenPrinter()),
-            *("    " + x for x in self.then),
+            *self.loop([*self.token, *(x[4:] for x in equations(self.lines, TokenPrinter())), *self.then]),
             *self.end,
         ]
         text = "\n".join(f"    {x}" for x in body)
         pointers = ", ".join(self.pointers(text))
-        sizes = f"{' ' * (5 + len(self.name))}R: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, ACC: tl.constexpr):"
-        return f"@direct\n@triton.jit\ndef {self.name}({pointers}, offsets, scale, N, T, H, K, V,\n{sizes}\n{text}"
+        sizes = ", ".join(f"{x}: tl.constexpr" for x in ("H", "K", "V", "R", "BK", "BV", "ACC"))
+        head = f"@direct\n@triton.jit\ndef {self.name}({pointers}, offsets, scale, N, T,\n{' ' * (5 + len(self.name))}{sizes}):"
+        return f"{self.reader()}\n\n\n{head}\n{text}"
 
     def pointers(self, text: str) -> tuple[str, ...]:
-        """Pointers in the order in which a text mentions them."""
-        return tuple(dict.fromkeys(re.findall(r"\w+_ptr", text)))
+        """Pointers in the order in which a kernel's text mentions them."""
+        return tuple(dict.fromkeys(re.findall(r"\w+_ptr", text[text.find("@direct") + 1 :])))
 
 
 def _deposit(line: Program) -> _Kernel:
@@ -336,8 +461,8 @@ def _deposit(line: Program) -> _Kernel:
     for x in line.scans:
         out.start += [_zero(x.name, x.dims), _zero(f"{x.name}_total", x.log.dims)]
         out.then += [_forward(x), f"{x.name}_total += {x.log.name}"]
-        out.end += [_store(f"{x.name}_gain", _BLOCK, x.dims, x.name)]
-        out.end += [_store(f"{x.name}_total", _BLOCK, x.log.dims, f"{x.name}_total")]
+        out.end += [_keep(f"{x.name}_gain", _BLOCK, x.dims, x.name)]
+        out.end += [_keep(f"{x.name}_total", _BLOCK, x.log.dims, f"{x.name}_total")]
     return out
 
 
@@ -346,8 +471,9 @@ def _evaluate(line: Program) -> _Kernel:
     lines, ends = (*line.drives, *line.reads), {c for x in line.outputs for c in x.names()}
     read = [x for x in line.scans if x.name in _used(_needed(lines, ends))]
     out = _Kernel("evaluate", line, lines, ends | {y.name for x in read for y in (x.log, x.drive)})
-    out.start = [_load(x.name, f"{x.name}_start", _BLOCK, x.dims) for x in read]
-    out.then = [_store(f"c_{x.name}", x.row(n), x.dims, c) for x in line.outputs for n, c in enumerate(x.names())]
+    out.start = [_read(x.name, f"{x.name}_start", _BLOCK, x.dims) for x in read]
+    for x in line.outputs:
+        out.then += [out.keep(f"c_{x.name}", x.row(n), x.dims, c) for n, c in enumerate(x.names())]
     out.then += map(_forward, read)
     return out
 
@@ -358,10 +484,10 @@ def _contribute(line: Program, back: Gradient) -> _Kernel:
     out = _Kernel("contribute", line, (*line.drives, *line.reads, *back.local), ends)
     for x in line.scans:
         past, gain = f"{x.name}_past", f"d_{x.name}_gain"
-        out.start += [_load(x.name, f"{x.name}_start", _BLOCK, x.dims), _zero(past, x.log.dims), _zero(gain, x.dims)]
-        out.token += [_store(f"{x.name}_found", _TOKEN, x.dims, x.name)]
+        out.start += [_read(x.name, f"{x.name}_start", _BLOCK, x.dims), _zero(past, x.log.dims), _zero(gain, x.dims)]
+        out.token += [out.keep(f"{x.name}_found", _TOKEN, x.dims, x.name)]
         out.then += [f"{gain} += tl.exp({past}) * d_{x.name}", f"{past} += {x.log.name}", _forward(x)]
-        out.end += [_store(gain, _BLOCK, x.dims, gain)]
+        out.end += [_keep(gain, _BLOCK, x.dims, gain)]
     return out
 
 
@@ -371,8 +497,8 @@ def _backward(line: Program, back: Gradient) -> _Kernel:
     out = _Kernel("backward", line, (*line.drives, *line.reads, *back.whole), {*back.ends.values(), *carried}, True)
     for x in line.scans:
         drive = f"d_{x.drive.name}"
-        out.start += [_load(drive, f"d_{x.name}_end", _BLOCK, x.dims)]
-        out.token += [_load(x.name, f"{x.name}_found", _TOKEN, x.dims)] if x.name in out.used else []
+        out.start += [_read(drive, f"d_{x.name}_end", _BLOCK, x.dims)]
+        out.rows += [(x.name, f"{x.name}_found", _TOKEN, tuple(map(str, x.dims)))] if x.name in out.used else []
         out.then += [f"{drive} = tl.exp({x.log.name}) * {drive} + d_{x.name}"]
     for x in line.inputs:
         name, pointer = back.ends.get(x.name), f"d_{x.argument}"
@@ -381,9 +507,10 @@ def _backward(line: Program, back: Gradient) -> _Kernel:
         if x.per == "static":
             out.start += [_zero(f"sum_{name}", x.dims)]
             out.then.insert(0, f"sum_{name} += {name}")
-            out.end += [_store(pointer, _BLOCK, x.dims, f"sum_{name}")]
+            out.end += [_keep(pointer, _BLOCK, x.dims, f"sum_{name}")]
         else:  # a share of an argument that nothing reads has the gradient 0
-            out.then.insert(0, _store(pointer, row_of(x, line.repeats), x.dims, name or "0.0"))
+            nothing = f"tl.zeros({block_shape(x.dims)}, ACC)" if x.dims else "0.0"
+            out.then.insert(0, out.keep(pointer, row_of(x, line.repeats), x.dims, name or nothing))
     return out
 
 
