@@ -260,7 +260,10 @@ def _scores(
 
 @triton.jit
 def rows(at, row, H, X, x0, EVEN: tl.constexpr, BX: tl.constexpr):
-    """Rows [R, BX] of a chunk, tokens `row` [R, 1] of it; at: its first one's in [tokens, H, X]. EVEN: BX divides X."""
+    """Rows [R, BX] of a chunk, tokens `row` [R, 1] of it; at: its first one's in [tokens, H, X]. EVEN: BX divides X.
+
+    A quarter of a row is said to be as many neighbours as there are, so that a thread gets what `dealt` wants it to have.
+    """
     x = x0 + tl.max_contiguous(tl.arange(0, BX), BX // 4)[None, :]
     if EVEN:
         return tl.load(at + (row * (H * X) + x))
@@ -284,8 +287,8 @@ def fade(x, ACC: tl.constexpr):
 
 @triton.jit
 def dealt(z, BK: tl.constexpr):
-    """[R, BK] with its columns in another order. A thread that loads eight neighbours of a row then holds just what a matrix
-    product of [16, 16] by [16, 8] wants from it, as its first operand or, transposed, its second: nothing moves between threads."""
+    """[R, BK] with its columns in another order. A thread that loads a quarter of a row then holds just what a matrix product of
+    [16, 16] by [16, 8] wants from it, as its first operand or, transposed, its second: nothing moves between threads."""
     if BK == 32:
         z = tl.reshape(tl.permute(tl.reshape(z, [z.shape[0], 4, 2, 2, 2]), [0, 2, 3, 1, 4]), z.shape)
     elif BK == 16:
@@ -394,11 +397,12 @@ def _channel_scores(
     """A[t, s] = sum_j read_tj exp(sum of g_j over s < i <= t, or < t if BEFORE) written_sj; [tokens, H, C].
 
     TWO: A2 too, of second, a read before its token's update. NEAR: the reads decayed from the chunk's start, and FAR: the writes
-    decayed to its end, [tokens, H, K]. EVEN: BK divides K. Eight programs share a chunk of 64: four see to 16 tokens among
-    themselves, two to a pair of such blocks, two to 16 reads of the second half with all writes of the first.
+    decayed to its end, [tokens, H, K]. EVEN: BK divides K. Seven programs share a chunk of 64: four see to 16 tokens among
+    themselves, two to pairs of such blocks, one to the two halves. Those of a chunk's heads, neighbours in memory, run side by side.
     """
-    part, h = tl.program_id(0) % PARTS, tl.program_id(1)
-    start, end = locate(tl.program_id(0) // PARTS, offsets, N, C)
+    part, item = tl.program_id(0) % PARTS, tl.program_id(0) // PARTS
+    h = item % H
+    start, end = locate(item // H, offsets, N, C)
     row = tl.where(part < 4, part * 16, tl.where(part < 6, part * 32 - 112, 32))
     n = (end - start).to(tl.int32)
     if row >= n:
@@ -888,7 +892,7 @@ def _launch_scores(at, reads, written, G, gate, before, near=False, far=False) -
     if gate == CHANNEL.value:
         launch = {**launch, "num_warps": 1} | ({"maxnreg": REGISTERS[name]} if at.half else {})
         given = (out.scores if x is None else x for x in out)
-        _channel_scores[at.slots * PARTS, at.H](
+        _channel_scores[at.slots * at.H * PARTS,](
             read, second if two else read, written, *given, G, at.offsets, at.N, at.H, K, before, two, near, far, K % BK == 0,
             PARTS=PARTS, BK=BK, **launch,
         )  # fmt: skip
