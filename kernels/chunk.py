@@ -7,8 +7,8 @@ the state's adjoint at its end. A read is `before` if it sees the state ahead of
 Every exponent is <= 0. With one decay a head it is G_t - G_s, a difference of cumulative sums, s <= t. With a decay per
 channel, pairs are taken level by level: for m = 1, 2, 4, ..., C / 2 a write from a block of m tokens and a read from the
 next one meet at the border between them, exp(G_t - G_border) on the read and exp(G_border - G_s) on the write. In a level
-every token is either read or written, so one exp a token and one matrix product serve all blocks of it. For float32
-inputs G is float64: gates of -30 and of -1e-6 in one chunk leave the difference exact.
+every token is either read or written, so one exp a token and one matrix product serve all blocks of it, or where scores are made
+all blocks of 16 tokens. For float32 inputs G is float64: gates of -30 and of -1e-6 in one chunk leave the difference exact.
 
 With one decay a head nothing decayed is stored: the walk decays the values that it multiplies keys with, and the read forms its
 scores itself. With a decay per channel scores and decayed rows are kept (`Pairs`). Where few long sequences would leave a walk to few
@@ -239,84 +239,185 @@ def _cumulate(g, G, offsets, N, L, C: tl.constexpr, BL: tl.constexpr):
     store(G, tl.cumsum(tl.maximum(tile, FLOOR), 0), start, end, 0, 1, L, x0, C, BL)
 
 
+@direct
 @triton.jit
-def _at_borders(
-    x, y, x2, reads, writes, reads2, G, start, end, h, H, K, X, k0,
-    BEFORE: tl.constexpr, TWO: tl.constexpr, NEAR: tl.constexpr, FAR: tl.constexpr,
-    C: tl.constexpr, BK: tl.constexpr, BX: tl.constexpr, ACC: tl.constexpr,
+def _scores(
+    read, written, A, G, offsets, N, H, K,
+    BEFORE: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Store reads decayed from their chunk's start and writes decayed to its end."""
-    after = load(G, start, end, h, H, X, k0, C, BX)
-    before = load(G, start, end, h, H, X, k0, C, BX, 1)
-    if NEAR:
-        store(reads, x * weight(before if BEFORE else after, ACC), start, end, h, H, K, k0, C, BK)
+    """A[t, s] = exp(sum of g over s < i <= t, or < t if BEFORE) read_t . written_s; [tokens, H, C]. One decay a head."""
+    start, end = locate(tl.program_id(0), offsets, N, C)
+    if start >= end:
+        return
+    h, acc = tl.program_id(1), tl.zeros([C, C], ACC)
+    for k0 in range(0, K, BK):
+        x = load(read, start, end, h, H, K, k0, C, BK)
+        acc += dot(x, tl.trans(load(written, start, end, h, H, K, k0, C, BK)), DT, ACC)
+    acc *= between(G, start, end, h, H, BEFORE, False, C, ACC)
+    store(A, tl.where(causal(C, BEFORE), acc, 0.0), start, end, h, H, C, 0, C, C)
+
+
+@triton.jit
+def rows(at, row, H, X, x0, EVEN: tl.constexpr, BX: tl.constexpr):
+    """Rows [R, BX] of a chunk, tokens `row` [R, 1] of it; at: its first one's in [tokens, H, X]. EVEN: BX divides X.
+
+    A quarter of a row is said to be as many neighbours as there are, so that a thread gets what `dealt` wants it to have.
+    """
+    x = x0 + tl.max_contiguous(tl.arange(0, BX), BX // 4)[None, :]
+    if EVEN:
+        return tl.load(at + (row * (H * X) + x))
+    else:
+        return tl.load(at + (row * (H * X) + x), mask=x < X, other=0.0)
+
+
+@triton.jit
+def put(at, tile, row, n, H, X, x0, BX: tl.constexpr):
+    """Write such rows, of the chunk's n tokens."""
+    x = x0 + tl.max_contiguous(tl.arange(0, BX), BX // 4)[None, :]
+    tl.store(at + (row * (H * X) + x), tile.to(at.dtype.element_ty), mask=(row < n) & (x < X))
+
+
+@triton.jit
+def fade(x, ACC: tl.constexpr):
+    """exp(-|x|), x a sum of log decays or its negative; as a power of two, because tl.exp takes three more instructions to keep
+    what is as good as 0."""
+    return tl.exp2(tl.abs(x.to(ACC)) * -1.4426950408889634)
+
+
+@triton.jit
+def dealt(z, BK: tl.constexpr):
+    """[R, BK] with its columns in another order. A thread that loads a quarter of a row then holds just what a matrix product of
+    [16, 16] by [16, 8] wants from it, as its first operand or, transposed, its second: nothing moves between threads."""
+    if BK == 32:
+        z = tl.reshape(tl.permute(tl.reshape(z, [z.shape[0], 4, 2, 2, 2]), [0, 2, 3, 1, 4]), z.shape)
+    elif BK == 16:
+        z = tl.reshape(tl.permute(tl.reshape(z, [z.shape[0], 4, 2, 2]), [0, 2, 1, 3]), z.shape)
+    return z
+
+
+@triton.jit
+def products(x, y, acc, BK: tl.constexpr, DT: tl.constexpr, ACC: tl.constexpr):
+    """acc + x y^T over a block of channels."""
+    x, y = dealt(x.to(DT), BK), dealt(y.to(DT), BK)
+    return tl.dot(x, tl.trans(y), acc, input_precision="ieee", out_dtype=ACC)
+
+
+@triton.jit
+def _beside(
+    read, second, written, A, A2, reads, reads2, writes, G, row, n, H, K,
+    BEFORE: tl.constexpr, TWO: tl.constexpr, NEAR: tl.constexpr, FAR: tl.constexpr, EVEN: tl.constexpr,
+    C: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Scores among the 16 tokens from `row` on, zeros to the right of them, and these tokens decayed to their chunk's borders."""
+    acc, acc2 = tl.zeros([16, 16], ACC), tl.zeros([16, 16], ACC)
+    t, s = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
+    own, end = row + t, t * 0 + n - 1
+    here, ahead = tl.minimum(own, n - 1), tl.minimum(tl.maximum(own - 1, 0), n - 1)
+    for k0 in range(0, K, BK):
+        x, y = rows(read, here, H, K, k0, EVEN, BK), rows(written, here, H, K, k0, EVEN, BK)
+        after = rows(G, here, H, K, k0, EVEN, BK)
+        before = tl.where(own > 0, rows(G, ahead, H, K, k0, EVEN, BK), 0.0)
         if TWO:
-            store(reads2, x2 * weight(before, ACC), start, end, h, H, K, k0, C, BK)
-    if FAR:
-        left = load_row(G, end - 1, h, H, X, k0, BX)[None, :] - after
-        store(writes, y * weight(left, ACC), start, end, h, H, K, k0, C, BK)
+            x2 = rows(second, here, H, K, k0, EVEN, BK).to(ACC)
+        x, y, plain = x.to(ACC), y.to(ACC), x
+        if not BEFORE:  # decayed by its token's gate, a read is one before the update
+            x *= fade(after - before, ACC)
+        if NEAR:
+            from_start = fade(before, ACC)
+            put(reads, x * from_start, own, n, H, K, k0, BK)
+            if TWO:
+                put(reads2, x2 * from_start, own, n, H, K, k0, BK)
+        if FAR:
+            put(writes, y * fade(rows(G, end, H, K, k0, EVEN, BK) - after, ACC), own, n, H, K, k0, BK)
+        if not BEFORE:
+            acc = tl.where(t == s, products(plain, y, acc, BK, DT, ACC), acc)
+        for level in tl.static_range(4):
+            later, faces = ((t >> level) & 1) == 1, ((t >> level) ^ (s >> level)) == 1
+            z = tl.where(later, x, y)
+            if TWO:
+                z2 = tl.where(later, x2, y)
+            if level > 0:  # at level 0 the border is the write's own token, and the one before the read
+                edge = tl.minimum(row + (t >> (level + 1) << (level + 1)) + (1 << level) - 1, n - 1)
+                decay = fade(tl.where(later, before, after) - rows(G, edge, H, K, k0, EVEN, BK), ACC)
+                z *= decay
+                if TWO:
+                    z2 *= decay
+            acc = tl.where(faces, products(z, z, acc, BK, DT, ACC), acc)
+            if TWO:
+                acc2 = tl.where(faces, products(z2, z2, acc2, BK, DT, ACC), acc2)
+    put(A, tl.where(t - s >= BEFORE, acc, 0.0), own, n, H, C, row, 16)
+    clear(A, row, n, H, C)
+    if TWO:
+        put(A2, tl.where(t > s, acc2, 0.0), own, n, H, C, row, 16)
+        clear(A2, row, n, H, C)
+
+
+@triton.jit
+def clear(A, row, n, H, C: tl.constexpr):
+    """Zeros to the right of what the 16 tokens from `row` on read of each other."""
+    t, s = row + tl.arange(0, 16)[:, None], tl.arange(0, C)[None, :]
+    tl.store(A + (t * (H * C) + s), tl.zeros([16, C], A.dtype.element_ty), mask=(t < n) & (s >= row + 16))
+
+
+@triton.jit
+def _across(
+    read, second, written, A, A2, G, column, n, H, K,
+    BEFORE: tl.constexpr, TWO: tl.constexpr, EVEN: tl.constexpr,
+    W: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Scores of W reads with the W writes before them, from `column` on: the last of these is the border where they meet."""
+    acc, acc2 = tl.zeros([W, W], ACC), tl.zeros([W, W], ACC)
+    there = column + tl.arange(0, W)[:, None]
+    own, edge = there + W, there * 0 + column + W - 1
+    here, ahead = tl.minimum(own, n - 1), tl.minimum(own, n) - 1
+    for k0 in range(0, K, BK):
+        middle = rows(G, edge, H, K, k0, EVEN, BK)
+        y = rows(written, there, H, K, k0, EVEN, BK).to(ACC) * fade(rows(G, there, H, K, k0, EVEN, BK) - middle, ACC)
+        before = fade(rows(G, ahead, H, K, k0, EVEN, BK) - middle, ACC) if BEFORE or TWO else middle
+        decay = before if BEFORE else fade(rows(G, here, H, K, k0, EVEN, BK) - middle, ACC)
+        acc = products(rows(read, here, H, K, k0, EVEN, BK).to(ACC) * decay, y, acc, BK, DT, ACC)
+        if TWO:
+            acc2 = products(rows(second, here, H, K, k0, EVEN, BK).to(ACC) * before, y, acc2, BK, DT, ACC)
+    put(A, acc, own, n, H, C, column, W)
+    if TWO:
+        put(A2, acc2, own, n, H, C, column, W)
+
+
+PARTS = 7  # programs that share a chunk's scores with a decay per channel
 
 
 @direct
 @triton.jit
-def _scores(
-    read, second, written, A, A2, reads, reads2, writes, G, offsets, N, H, K, X,
-    GATE: tl.constexpr, BEFORE: tl.constexpr, TWO: tl.constexpr, NEAR: tl.constexpr, FAR: tl.constexpr,
-    C: tl.constexpr, LEVELS: tl.constexpr, BK: tl.constexpr, BX: tl.constexpr, DT: tl.constexpr, ACC: tl.constexpr,
+def _channel_scores(
+    read, second, written, A, A2, reads, reads2, writes, G, offsets, N, H, K,
+    BEFORE: tl.constexpr, TWO: tl.constexpr, NEAR: tl.constexpr, FAR: tl.constexpr, EVEN: tl.constexpr,
+    PARTS: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """A[t, s] = sum_j read_tj exp(sum of g_j over s < i <= t, or < t if BEFORE) written_sj; [tokens, H, C].
 
-    TWO: A2 too, of second, a read before its token's update. Both only with a decay per channel; there also NEAR: the reads
-    decayed from the chunk's start, and FAR: the writes decayed to its end, [tokens, H, K].
+    TWO: A2 too, of second, a read before its token's update. NEAR: the reads decayed from the chunk's start, and FAR: the writes
+    decayed to its end, [tokens, H, K]. EVEN: BK divides K. Seven programs share a chunk of 64: four see to 16 tokens among
+    themselves, two to pairs of such blocks, one to the two halves. Those of a chunk's heads, neighbours in memory, run side by side.
     """
-    start, end = locate(tl.program_id(0), offsets, N, C)
-    if start >= end:
+    part, item = tl.program_id(0) % PARTS, tl.program_id(0) // PARTS
+    h = item % H
+    start, end = locate(item // H, offsets, N, C)
+    row = tl.where(part < 4, part * 16, tl.where(part < 6, part * 32 - 112, 32))
+    n = (end - start).to(tl.int32)
+    if row >= n:
         return
-    h, i = tl.program_id(1), tl.arange(0, C)
-    if (NEAR or FAR) and not TWO:  # apart: beside one score they take the registers of half of the programs that fit
-        for k0 in range(0, K, BK):
-            x = load(read, start, end, h, H, K, k0, C, BK)
-            y = load(written, start, end, h, H, K, k0, C, BK)
-            _at_borders(
-                x, y, x, reads, writes, reads2, G, start, end, h, H, K, X, k0, BEFORE, TWO, NEAR, FAR, C, BK, BX, ACC
-            )
-    acc, acc2 = tl.zeros([C, C], ACC), tl.zeros([C, C], ACC)
-    for k0 in range(0, K, BK):
-        x = load(read, start, end, h, H, K, k0, C, BK)
-        y = load(written, start, end, h, H, K, k0, C, BK)
-        if GATE == CHANNEL:
-            after = load(G, start, end, h, H, X, k0, C, BX)
-            x, y = x.to(ACC), y.to(ACC)
-            if BEFORE or TWO:
-                before = load(G, start, end, h, H, X, k0, C, BX, 1)
-            else:
-                before = after
-            if TWO:
-                x2 = load(second, start, end, h, H, K, k0, C, BK).to(ACC)
-                _at_borders(
-                    x, y, x2, reads, writes, reads2, G, start, end, h, H, K, X, k0, BEFORE, TWO, NEAR, FAR, C, BK, BX, ACC
-                )  # fmt: skip
-            if not BEFORE:
-                acc += tl.where(i[:, None] == i[None, :], tl.sum(x * y, 1)[:, None], 0.0)
-                if TWO:  # decayed by its token's gate, it is a read before the update like the second
-                    x *= weight(after - before, ACC)
-            ahead = border(G, 0, start, end, h, H, X, k0, C, BK)
-            for level in range(LEVELS):
-                middle, ahead = ahead, border(G, level + 1, start, end, h, H, X, k0, C, BK)  # under way early
-                later, faces = facing(level, C)
-                decay = weight(tl.where(later, before - middle, middle - after), ACC)
-                z = tl.where(later, x, y) * decay
-                acc += tl.where(faces, dot(z, tl.trans(z), DT, ACC), 0.0)
-                if TWO:
-                    z = tl.where(later, x2, y) * decay
-                    acc2 += tl.where(faces, dot(z, tl.trans(z), DT, ACC), 0.0)
-        else:
-            acc += dot(x, tl.trans(y), DT, ACC)
-    if GATE == HEAD:
-        acc *= between(G, start, end, h, H, BEFORE, False, C, ACC)
-    store(A, tl.where(causal(C, BEFORE), acc, 0.0), start, end, h, H, C, 0, C, C)
-    if TWO:
-        store(A2, tl.where(causal(C, True), acc2, 0.0), start, end, h, H, C, 0, C, C)
+    base = (start * H + h) * K
+    read, second, written, G = read + base, second + base, written + base, G + base
+    A, A2 = A + (start * H + h) * C, A2 + (start * H + h) * C
+    if part < 4:
+        _beside(
+            read, second, written, A, A2, reads + base, reads2 + base, writes + base, G, row, n, H, K,
+            BEFORE, TWO, NEAR, FAR, EVEN, C, BK, DT, ACC,
+        )  # fmt: skip
+    elif part < 6:
+        _across(read, second, written, A, A2, G, row - 16, n, H, K, BEFORE, TWO, EVEN, 16, C, BK, DT, ACC)
+    else:
+        _across(read, second, written, A, A2, G, 0, n, H, K, BEFORE, TWO, EVEN, 32, C, BK, DT, ACC)
 
 
 @triton.jit
@@ -634,8 +735,10 @@ LEVELS = C.bit_length() - 1
 # K=V=128, and what else was tried, as blocks x warps:
 TILES = {
     "head scores": (64, 64, 8, 3),  # 39 / 85; 64x4 43 / 87, 128x4 47 / 110
-    "channel scores of two": (32, 64, 4, 3),  # on an H100 287 / 719; 32x8 404 / 1002, 16x4 326 / 787, 16x8 567 / 1450
-    "channel scores": (32, 64, 8, 3),  # 153 / 388; 32x4 177 / 415, 64x4 199 / 390
+    # Not yet timed: levels in products of 64 x 64 took 274 / 693 of two, (32, 64, 4, 3), and 166 / 419, (32, 64, 8, 3). Counted, see
+    # NOTES.md: instructions alone take 47 / 122 of two, 33 / 86. 32 channels: 46 of two with 168 registers, three warps a scheduler.
+    "channel scores of two": (16, 64, 1, 1),
+    "channel scores": (16, 64, 1, 1),
     "linear walk": (64, 32, 4, 3),  # 72 / 420; 64x64x4 84 / 540, 32x32x4 92 / 488, 64x16x4 119
     "rank walk": (0, 32, 4, 2),  # forward 139 / 939, backward 328 / 1182; three stages leave room for one program: 203
     "rank walk back": (0, 64, 8, 2),  # backward 223 / 1648, forward 174 / 1303
@@ -649,6 +752,10 @@ TILES = {
     "solve": (0, 32, 4, 1),  # all key channels, and tokens: - / 893; 64x8 1007, 16x4 1031, 32x8 1057, 64x4 1951
     "solve exact": (0, 32, 8, 1),  # float32: 16 tokens, for want of registers
 }
+REGISTERS = {
+    "channel scores of two": 128,
+    "channel scores": 96,
+}  # a thread's at most: 16 and 21 programs on a multiprocessor
 BUSY = 128  # programs of a walk below which much of the chip idles: there sequences are walked in pieces,
 FULL = 640  # at most so many programs: five fit on each of 132 multiprocessors, and more would wait for these
 SHORTEST = 8  # chunks of a piece, on average
@@ -786,10 +893,15 @@ def _launch_scores(at, reads, written, G, before, near=False, far=False) -> Pair
     out = _empty_pairs(at, read, two, near, far)
     name = "head scores" if at.gate == HEAD.value else "channel scores of two" if two else "channel scores"
     BK, _, launch = at.tile(name, K, K)
-    _scores[at.slots, at.H](
-        read, second if two else read, written, *(out.scores if x is None else x for x in out), G, at.offsets, at.N, at.H, K, at.X,
-        at.gate, before, two, near, far, LEVELS=LEVELS, BK=BK, BX=at.wide_gate(BK), **launch,
-    )  # fmt: skip
+    if at.gate == CHANNEL.value:
+        launch = {**launch, "num_warps": 1} | ({"maxnreg": REGISTERS[name]} if at.half else {})
+        given = (out.scores if x is None else x for x in out)
+        _channel_scores[at.slots * at.H * PARTS,](
+            read, second if two else read, written, *given, G, at.offsets, at.N, at.H, K, before, two, near, far, K % BK == 0,
+            PARTS=PARTS, BK=BK, **launch,
+        )  # fmt: skip
+    else:
+        _scores[at.slots, at.H](read, written, out.scores, G, at.offsets, at.N, at.H, K, before, BK=BK, **launch)
     return out
 
 

@@ -178,6 +178,61 @@ def test_a_piece_that_forgets_is_seen(monkeypatch):
         compare(*sizes)
 
 
+def borders(offsets, K, seed=0):
+    """Log decays [T, K]: nearly none, but some channels forget all at the tokens where blocks of 16 meet, others beside them."""
+    make = torch.Generator().manual_seed(seed)
+    at = torch.cat([torch.arange(b - a) for a, b in pairwise(offsets)])[:, None]
+    rare = torch.rand(len(at), K, generator=make)
+    g = torch.where(rare < 0.02, -800.0, torch.where(rare < 0.3, -0.3, -1e-6))
+    channel = torch.arange(K)
+    forgets = (
+        ((channel % 4 == 0) & (at % 32 == 0))
+        | ((channel % 4 == 1) & (at % 16 == 15))
+        | ((channel % 4 == 2) & (at % 16 == 1))
+    )
+    return torch.where(forgets, -800.0, g).double()
+
+
+def pairs_by_formula(x, y, g, before):
+    """Scores [T, 64], reads decayed from the chunk's start and writes to its end, of the tokens of one chunk, gate by gate."""
+    T = len(x)
+    scores, near, far = x.new_zeros(T, 64), x.clone(), y.clone()
+    for t in range(T):
+        seen = g[: t if before else t + 1]
+        near[t] *= seen.sum(0).exp()
+        far[t] *= g[t + 1 :].sum(0).exp()
+        for s in range(t if before else t + 1):
+            scores[t, s] = (x[t] * y[s] * seen[s + 1 :].sum(0).exp()).sum()
+    return scores, near, far
+
+
+@pytest.mark.parametrize("dtype, K", [(torch.float64, 5), (torch.float32, 20), (torch.float16, 48)])
+@pytest.mark.parametrize("before, two", [(False, True), (True, True), (False, False), (True, False)])
+def test_scores_of_chunks_that_end_anywhere(poisoned, dtype, K, before, two):
+    """Where blocks of 16 and of 32 tokens meet, gates of -800 next to gates of -1e-6; all that is read later is written."""
+    lengths = [1, 15, 16, 17, 31, 0, 32, 33, 48, 63, 65]
+    offsets = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    make = torch.Generator().manual_seed(1)
+    x, x2, y = (torch.randn(offsets[-1], K, generator=make, dtype=torch.float64).to(dtype) for _ in range(3))
+    g = borders(offsets, K).to(dtype)
+    as_op = lambda z: z[None, :, None].contiguous()  # noqa: E731
+    at = chunk.layout(as_op(x), as_op(x), as_op(g), torch.tensor(offsets))
+    G = chunk.cumulate(at, as_op(g))
+    got = chunk.pairs(at, as_op(x), as_op(x2) if two else None, as_op(y), G, before)
+    x, x2, y, g = (z.double() for z in (x, x2, y, g))
+    want = [[], [], [], [], []]
+    for a, b in pairwise(offsets):
+        for i in range(a, b, 64):
+            j = slice(i, min(i + 64, b))
+            A, near, far = pairs_by_formula(x[j], y[j], g[j], before)
+            A2, near2, _ = pairs_by_formula(x2[j], y[j], g[j], True)
+            for row, value in zip(want, (A, A2, near, near2, far), strict=True):
+                row.append(value)
+    for name, found, value in zip(chunk.Pairs._fields, got, map(torch.cat, want), strict=True):
+        if two or name not in ("second", "near2"):
+            agree([found.view(value.shape)], [value], [name], TOLERANCE[dtype])
+
+
 @pytest.mark.parametrize("X", [1, 5], ids=["head", "channel"])
 @pytest.mark.parametrize(
     "reverse, before, gained, keep",
