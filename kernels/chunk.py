@@ -734,20 +734,27 @@ LEVELS = C.bit_length() - 1
 # Microseconds of one launch on an H200 (torch 2.11, triton 3.6) at B=2, T=4096, H=16, K=96, V=192 / B=1, T=32768, H=8,
 # K=V=128, and what else was tried, as blocks x warps:
 TILES = {
-    "head scores": (64, 64, 8, 3),  # 39 / 85; 64x4 43 / 87, 128x4 47 / 110
-    # Not yet timed: levels in products of 64 x 64 took 274 / 693 of two, (32, 64, 4, 3), and 166 / 419, (32, 64, 8, 3). Counted, see
-    # NOTES.md: instructions alone take 47 / 122 of two, 33 / 86. 32 channels: 46 of two with 168 registers, three warps a scheduler.
-    "channel scores of two": (16, 64, 1, 1),
-    "channel scores": (16, 64, 1, 1),
+    "head scores": (64, 64, 4, 2),  # 27 / 52, of many short sequences 36; 8 warps, 3 stages 28 / 49, 43
+    "channel scores of two": (
+        16,
+        64,
+        1,
+        1,
+    ),  # 104 / 254; with 112 REGISTERS 119, 144 112; 32 channels, 168 of them, 125 / 303
+    "channel scores": (
+        16,
+        64,
+        1,
+        1,
+    ),  # 77 / 186; with 80 REGISTERS 81 / 195; 32 channels, 128 of them, 73 / 174, but V = 48 104 for 82
     "linear walk": (64, 32, 4, 3),  # 72 / 420; 64x64x4 84 / 540, 32x32x4 92 / 488, 64x16x4 119
-    "rank walk": (0, 32, 4, 2),  # forward 139 / 939, backward 328 / 1182; three stages leave room for one program: 203
-    "rank walk back": (0, 64, 8, 2),  # backward 223 / 1648, forward 174 / 1303
-    "rank walk few": (0, 16, 4, 3),  # forward 201 / 593, backward 415 / 1007
+    "rank walk": (0, 32, 4, 2),  # 143 / 540, backward 211 / 1060 (few); 64x8 backward 237, 16x4 157, 32x8 260
+    "rank walk few": (0, 16, 4, 3),  # 201 / 593, backward 415 / 1007; of many short sequences, V = 48, 52, 32x4 61
     "rank walk tall": (0, 16, 8, 1),  # K > 128, for want of shared memory
     "read": (64, 64, 4, 2),  # 3 stages 70 / 102, 32x64x4 75 / 107, 32x128x4 87 / 104; on an H100 105 / 157, 107 / 159
     "head grads": (64, 64, 4, 2),  # 188 / 329; 32x64x4 172 / 365, 32x64x8 234 / 521
     "channel grads": (32, 128, 4, 2),  # 434 / 1026; 32x64x4 477 / 1172, 64x64x8 556 / 1016
-    "channel grads of two": (64, 64, 8, 3),  # two reads or writes, 948; 32x128x4 1077, 32x64x4 1027 (beside other work)
+    "channel grads of two": (16, 64, 4, 2),  # two reads or writes, 828 / 1846; 64x64x8 1314 / 2429, 32x64x8 979 / 2355
     "mix": (128, 64, 4, 3),  # 19 / 43; 64x64x4 27 / 50
     "solve": (0, 32, 4, 1),  # all key channels, and tokens: - / 893; 64x8 1007, 16x4 1031, 32x8 1057, 64x4 1951
     "solve exact": (0, 32, 8, 1),  # float32: 16 tokens, for want of registers
@@ -936,10 +943,9 @@ def walk(
     b, v = added or (G, G)
     u = torch.empty_like(z) if rank else None
     name = "linear walk"
-    if rank:  # a program holds all key channels; where that leaves much of the chip idle, it takes fewer value channels
-        few = at.N * at.H * blocks(at.V, 32) < 100
-        kind = " tall" if at.K > 128 else " few" if few else " back" if reverse else ""
-        name = "rank walk" + kind
+    if rank:  # a program holds all key channels; where much of the chip would idle or work on padding, it takes fewer value channels
+        few = at.N * at.H * blocks(at.V, 32) < 100 or 0 < at.V % 32 <= 16
+        name = "rank walk" + (" tall" if at.K > 128 else " few" if few else "")
     BK, BV, launch = at.tile(name, at.K, at.V)
     programs = at.N * at.H * blocks(at.K, BK) * blocks(at.V, BV)
     pieces = 1 if rank else cut(at, programs)

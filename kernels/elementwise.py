@@ -74,6 +74,7 @@ WALK = 2  # programs for each token of a chunk from which on a walk over the chu
 SCAN = 16, 64  # chunks and channels; (8, 64) 0.64, (4, 128) 0.75, (4, 64) 0.91, (2, 256) 1.36
 READ = Tile(2, 1, 4, 8)  # 0.99; (2, 1, 2, 16) 0.98, (1, 1, 4, 8) 1.06, (1, 2, 4, 8) 1.07, (4, 1, 2, 16) 1.5
 ADJOINT = Tile(1, 1, 4, 8)  # 1.71; (1, 1, 2, 16) 1.72, (2, 1, 4, 8) 1.89
+SUMMED = 2048  # elements of a program that adds up shares; a warp a row took 1.6 times as long as its bytes, or 7
 REGISTERS = 128  # of a thread of the adjoint: four warps a scheduler; left alone it takes 141, and 2.14 instead of 1.81 on an H100
 GRADIENT = Tile(1, 2, 4, 8)  # 3.29; (1, 2, 8, 4) 3.45, (1, 1, 4, 8) 3.53
 
@@ -176,9 +177,10 @@ class _Launch:
     def add(self, parts: Tensor, outs: tuple[Tensor, ...], h0: int) -> None:
         """out[:, h0 : h0 + heads] = the sum of the blocks in `parts` [blocks, tokens, heads, outs, V], for each of one or two."""
         heads, count, V = parts.shape[2:]
-        forward.total[(self.tokens, heads)](
-            parts, outs[0], outs[-1], len(parts), self.tokens, h0, self.H, V,
-            TWO=count == 2, BLOCK=power(V), ACC=self.gate["ACC"], num_warps=1,
+        rows = max(1, SUMMED // power(V))
+        forward.total[(blocks(self.tokens * heads, rows),)](
+            parts, outs[0], outs[-1], len(parts), self.tokens, heads, h0, self.H, V,
+            TWO=count == 2, ROWS=rows, BLOCK=power(V), ACC=self.gate["ACC"], num_warps=4,
         )  # fmt: skip
 
 

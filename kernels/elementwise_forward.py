@@ -469,30 +469,21 @@ def read(
 @direct
 @triton.jit(do_not_specialize=["h0", "blocks", "tokens"])
 def total(
-    parts,
-    out,
-    second,
-    blocks,
-    tokens,
-    h0,
-    H,
-    V: tl.constexpr,
-    TWO: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """out, and TWO: second, [tokens, H, V] (some of its heads) = sums of parts [blocks, tokens, heads, 1 or 2, V]."""
-    t, head, heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    x = tl.arange(0, BLOCK)
+    parts, out, second, blocks, tokens, heads, h0, H,
+    V: tl.constexpr, TWO: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """out, and TWO: second, [tokens, H, V] (some of its heads) = sums of parts [blocks, tokens, heads, 1 or 2, V]; ROWS rows of V."""
+    row, x = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK)[None, :]
+    live = (row < tokens * heads) & (x < V)
     COUNT: tl.constexpr = 2 if TWO else 1
-    parts += (t * heads + head) * (COUNT * V)
-    one, two = tl.zeros([BLOCK], ACC), tl.zeros([BLOCK], ACC)
+    parts += row * (COUNT * V) + x
+    one, two = tl.zeros([ROWS, BLOCK], ACC), tl.zeros([ROWS, BLOCK], ACC)
     for _ in range(0, blocks):
-        one += tl.load(parts + x, mask=x < V, other=0.0)
+        one += tl.load(parts, mask=live, other=0.0)
         if TWO:
-            two += tl.load(parts + V + x, mask=x < V, other=0.0)
+            two += tl.load(parts + V, mask=live, other=0.0)
         parts += tokens.to(tl.int64) * heads * (COUNT * V)
-    at = (t * H + h0 + head) * V + x
-    tl.store(out + at, one.to(out.dtype.element_ty), mask=x < V)
+    at = (row // heads * H + h0 + row % heads) * V + x
+    tl.store(out + at, one.to(out.dtype.element_ty), mask=live)
     if TWO:
-        tl.store(second + at, two.to(second.dtype.element_ty), mask=x < V)
+        tl.store(second + at, two.to(second.dtype.element_ty), mask=live)
