@@ -735,18 +735,9 @@ LEVELS = C.bit_length() - 1
 # K=V=128, and what else was tried, as blocks x warps:
 TILES = {
     "head scores": (64, 64, 4, 2),  # 27 / 52, of many short sequences 36; 8 warps, 3 stages 28 / 49, 43
-    "channel scores of two": (
-        16,
-        64,
-        1,
-        1,
-    ),  # 104 / 254; with 112 REGISTERS 119, 144 112; 32 channels, 168 of them, 125 / 303
-    "channel scores": (
-        16,
-        64,
-        1,
-        1,
-    ),  # 77 / 186; with 80 REGISTERS 81 / 195; 32 channels, 128 of them, 73 / 174, but V = 48 104 for 82
+    # 112 registers 119, 144 112; 32 channels and 168 registers 125 / 303, of one read and 128 73 / 174, but at V = 48 104 for 82
+    "channel scores of two": (16, 64, 1, 1),  # 104 / 254
+    "channel scores": (16, 64, 1, 1),  # 77 / 186
     "linear walk": (64, 32, 4, 3),  # 72 / 420; 64x64x4 84 / 540, 32x32x4 92 / 488, 64x16x4 119
     "rank walk": (0, 32, 4, 2),  # 143 / 540, backward 211 / 1060 (few); 64x8 backward 237, 16x4 157, 32x8 260
     "rank walk few": (0, 16, 4, 3),  # 201 / 593, backward 415 / 1007; of many short sequences, V = 48, 52, 32x4 61
@@ -759,10 +750,8 @@ TILES = {
     "solve": (0, 32, 4, 1),  # all key channels, and tokens: - / 893; 64x8 1007, 16x4 1031, 32x8 1057, 64x4 1951
     "solve exact": (0, 32, 8, 1),  # float32: 16 tokens, for want of registers
 }
-REGISTERS = {
-    "channel scores of two": 128,
-    "channel scores": 96,
-}  # a thread's at most: 16 and 21 programs on a multiprocessor
+# A thread's at most, for bfloat16: a multiprocessor holds 16 and 21 programs of the scores, four of the read.
+REGISTERS = {"channel scores of two": 128, "channel scores": 96, "read": 128}
 BUSY = 128  # programs of a walk below which much of the chip idles: there sequences are walked in pieces,
 FULL = 640  # at most so many programs: five fit on each of 132 multiprocessors, and more would wait for these
 SHORTEST = 8  # chunks of a piece, on average
@@ -834,7 +823,8 @@ def _tile(name: str, K: int, V: int, work: torch.dtype, wide: torch.dtype) -> tu
     if work != torch.bfloat16:
         BK, BV, warps, stages = BK // 2, BV // 2, 8, 1
     BK, BV = (max(16, min(power(n), most)) for n, most in ((K, BK or power(K)), (V, BV)))
-    return BK, BV, {"C": C, "DT": TYPES[work], "ACC": TYPES[wide], "num_warps": warps, "num_stages": stages}
+    launch = {"C": C, "DT": TYPES[work], "ACC": TYPES[wide], "num_warps": warps, "num_stages": stages}
+    return BK, BV, launch | ({"maxnreg": REGISTERS[name]} if name in REGISTERS and work == torch.bfloat16 else {})
 
 
 def layout(q: Tensor, v: Tensor, g: Tensor, offsets: Tensor) -> Layout:
@@ -901,7 +891,7 @@ def _launch_scores(at, reads, written, G, before, near=False, far=False) -> Pair
     name = "head scores" if at.gate == HEAD.value else "channel scores of two" if two else "channel scores"
     BK, _, launch = at.tile(name, K, K)
     if at.gate == CHANNEL.value:
-        launch = {**launch, "num_warps": 1} | ({"maxnreg": REGISTERS[name]} if at.half else {})
+        launch = {**launch, "num_warps": 1}
         given = (out.scores if x is None else x for x in out)
         _channel_scores[at.slots * at.H * PARTS,](
             read, second if two else read, written, *given, G, at.offsets, at.N, at.H, K, before, two, near, far, K % BK == 0,
