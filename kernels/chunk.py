@@ -741,11 +741,12 @@ TILES = {
     "linear walk": (64, 32, 4, 3),  # 72 / 420; 64x64x4 84 / 540, 32x32x4 92 / 488, 64x16x4 119
     "rank walk": (0, 32, 4, 2),  # 143 / 540, backward 211 / 1060 (few); 64x8 backward 237, 16x4 157, 32x8 260
     "rank walk few": (0, 16, 4, 3),  # 201 / 593, backward 415 / 1007; of many short sequences, V = 48, 52, 32x4 61
+    "rank walk back": (0, 64, 8, 2),  # with a decay per channel, backward: 231, as 32x4 381
     "rank walk tall": (0, 16, 8, 1),  # K > 128, for want of shared memory
     "read": (64, 64, 4, 2),  # 3 stages 70 / 102, 32x64x4 75 / 107, 32x128x4 87 / 104; on an H100 105 / 157, 107 / 159
     "head grads": (64, 64, 4, 2),  # 188 / 329; 32x64x4 172 / 365, 32x64x8 234 / 521
     "channel grads": (32, 128, 4, 2),  # 434 / 1026; 32x64x4 477 / 1172, 64x64x8 556 / 1016
-    "channel grads of two": (16, 64, 4, 2),  # two reads or writes, 828 / 1846; 64x64x8 1314 / 2429, 32x64x8 979 / 2355
+    "channel grads of two": (16, 64, 4, 3),  # two reads or writes, 797 / 1820; 2 stages 835 / 1860, 64x64x8 1314 / 2429, 32x64x8 979 / 2355
     "mix": (128, 64, 4, 3),  # 19 / 43; 64x64x4 27 / 50
     "solve": (0, 32, 4, 1),  # all key channels, and tokens: - / 893; 64x8 1007, 16x4 1031, 32x8 1057, 64x4 1951
     "solve exact": (0, 32, 8, 1),  # float32: 16 tokens, for want of registers
@@ -934,8 +935,9 @@ def walk(
     u = torch.empty_like(z) if rank else None
     name = "linear walk"
     if rank:  # a program holds all key channels; where much of the chip would idle or work on padding, it takes fewer value channels
-        few = at.N * at.H * blocks(at.V, 32) < 100 or 0 < at.V % 32 <= 16
-        name = "rank walk" + (" tall" if at.K > 128 else " few" if few else "")
+        few, back = at.N * at.H * blocks(at.V, 32) < 100, reverse and at.gate == CHANNEL.value
+        narrow = few or (0 < at.V % 32 <= 16 and not reverse)
+        name = "rank walk" + (" tall" if at.K > 128 else " few" if narrow else " back" if back else "")
     BK, BV, launch = at.tile(name, at.K, at.V)
     programs = at.N * at.H * blocks(at.K, BK) * blocks(at.V, BV)
     pieces = 1 if rank else cut(at, programs)
