@@ -110,12 +110,12 @@ class _Launch:
     def carry(self, x, edge: Tensor, back: bool) -> Tensor:
         """Scan a small state over blocks, or the adjoint of one back: it is next to every block then; returns the end."""
         prefix, near = ("d_", "end") if back else ("", "start")
-        gain = self.buffers[f"{prefix}{x.name}_gain_ptr"]
+        gain, edge = self.buffers[f"{prefix}{x.name}_gain_ptr"], edge.contiguous()
         self.buffers[f"{prefix}{x.name}_{near}_ptr"], end = torch.empty_like(gain), torch.empty_like(edge)
         D = self.size[x.dims[0]] if x.dims else 1
         together = min(BLOCKS, max(16, power((self.slots - self.N) // self.N)))
         _carry[self.N * self.H, blocks(D, CHANNELS)](
-            self.buffers[f"{x.name}_total_ptr"], gain, edge.contiguous(), self.buffers[f"{prefix}{x.name}_{near}_ptr"], end,
+            self.buffers[f"{x.name}_total_ptr"], gain, edge, self.buffers[f"{prefix}{x.name}_{near}_ptr"], end,
             self.offsets, self.H, D,
             PER_CHANNEL=x.decay == x.dims, REVERSE=back, R=self.R, BLOCKS=together, CHANNELS=CHANNELS, ACC=self.acc,
             num_warps=max(1, together * CHANNELS // 128),
@@ -204,8 +204,8 @@ def coefficients_backward(
 @coefficients_backward.register_fake
 def _(key, inputs, kept, offsets, scale, sizes, dtype, d_outputs, d_ends):
     at = _Launch(key, inputs, offsets, scale, sizes, dtype)
-    graded = [torch.empty_like(y) for x, y in zip(at.spec.inputs, inputs, strict=True) if x.argument in at.spec.graded]
-    return [*graded, *(torch.empty_like(x) for x in d_ends)]
+    graded = [y for x, y in zip(at.spec.inputs, inputs, strict=True) if x.argument in at.spec.graded]
+    return [x.new_empty(x.shape) for x in (*graded, *d_ends)]
 
 
 def _keep(ctx, inputs, output):

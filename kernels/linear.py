@@ -33,7 +33,7 @@ def _forward(
 def _(q, k, v, g, s0, offsets, scale, before):
     at = chunk.layout(q, v, g, offsets)
     A, _, near, _, far = chunk.like_pairs(at, q)
-    o, last = torch.empty_like(v, dtype=q.dtype), s0.new_empty(s0.shape)
+    o, last = q.new_empty(v.shape), s0.new_empty(s0.shape)
     return [o, last, at.gates_like(q), at.states_like(q), *chunk.kept(A, near, far)]
 
 

@@ -163,7 +163,7 @@ def _(q, r, w, k, v, g, s0, offsets, scale, before, shared):
     at = chunk.layout(q, v, g, offsets)
     qw, _, q_near, r_near, w_far = chunk.like_pairs(at, q, two=True)
     qk, rk, _, _, k_far = chunk.Pairs() if shared else chunk.like_pairs(at, q, two=True, near=False)
-    o, last = torch.empty_like(v, dtype=q.dtype), s0.new_empty(s0.shape)
+    o, last = q.new_empty(v.shape), s0.new_empty(s0.shape)
     kept = at.gates_like(q), at.states_like(q), at.scores_like(q), at.empty(v, *v.shape)
     return [o, last, *kept, *chunk.kept(qw, q_near, r_near, w_far, qk, rk, k_far)]
 

@@ -176,9 +176,8 @@ def _summed(grad: Tensor, slot) -> Tensor:
 def _(key, inputs, marks, offsets, scale, d_o, d_variance, d_ends):
     at = _Launch(key, inputs, offsets, back=True)
     graded = {x.argument for x in at.spec.inputs if x.name in at.spec.graded}
-    return [torch.empty_like(x) if name in graded else x.new_empty(0) for name, x in at.inputs.items()] + [
-        torch.empty_like(x) for x in d_ends
-    ]
+    inputs = [x.new_empty(x.shape if name in graded else 0) for name, x in at.inputs.items()]
+    return [*inputs, *(x.new_empty(x.shape) for x in d_ends)]
 
 
 def _keep(ctx, inputs, output):

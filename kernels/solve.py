@@ -170,7 +170,7 @@ def _forward(
 def _(q, k, gain, g, prior, p0, offsets, before, steps):
     at = chunk.layout(q, k, g, offsets)
     P = at.empty(q, at.slots, at.H, at.K, at.K, dtype=at.wide)
-    return torch.empty_like(q), p0.new_empty(p0.shape), at.gates_like(q), P
+    return q.new_empty(q.shape), p0.new_empty(p0.shape), at.gates_like(q), P
 
 
 @operator("solve_backward")
