@@ -24,7 +24,7 @@ from unify.models import zoo
 from unify.mqar import figures
 from unify.mqar import sweep as sweeping
 from unify.mqar.figures import draw
-from unify.mqar.report import changed, changes, comparisons, markdown, minutes, open_questions, standings
+from unify.mqar.report import by_rate, changed, changes, comparisons, markdown, minutes, open_questions, standings
 from unify.mqar.run import (
     MODELS,
     Data,
@@ -506,7 +506,7 @@ RECORDS = [
 def test_the_rate_is_chosen_by_the_mean_and_the_spread_is_shown():
     found = standings(RECORDS)
     best = found[0]
-    assert (best.model, best.lr, best.mean, best.accuracies, best.lrs) == ("palimpsa", 1e-3, 0.8, (0.9, 0.7), 2)
+    assert (best.model, best.lr, best.mean, best.accuracies, len(best.rates)) == ("palimpsa", 1e-3, 0.8, (0.9, 0.7), 2)
     assert [(s.model, str(s.task)) for s in found] == [("palimpsa", "16x2"), ("mamba2", "16x2"), ("mamba2", "32x4")]
     page = markdown(found)
     assert "| 16x2 | 2 | Palimpsa | 0.800 | 0.900 0.700 | 0.001, best of 2 | 160 | 100 | 5 |  |" in page
@@ -514,6 +514,22 @@ def test_the_rate_is_chosen_by_the_mean_and_the_spread_is_shown():
     assert "| 160 | 100 | 5 | 0.250 |" in page
     with pytest.raises(UnifyError, match="nothing to show"):
         standings([])
+
+
+def test_rates_that_are_not_the_best_are_shown_and_counted():
+    runs = [
+        record("palimpsa", v, lr, n) for lr, vs in {1e-3: (0.9, 0.7), 1e-2: (0.1,)}.items() for n, v in enumerate(vs)
+    ]
+    runs += [
+        record("mamba2", v, lr, n) for lr, vs in {1e-3: (0.2, 0.8), 1e-2: (0.3, 0.4)}.items() for n, v in enumerate(vs)
+    ]
+    found = standings(runs)
+    assert by_rate(found).splitlines()[0] == "| task | steps | model | at 0.001 | at 0.01 |"
+    assert "| 16x2 | 2 | Palimpsa | 0.900 0.700 | 0.100 |" in by_rate(found)
+    ((said, above, seeds),) = comparisons(found)
+    assert (above, seeds) == (1, 2)
+    assert said.endswith("0.800 ± 0.141 against 0.500 ± 0.424. At equal rates and seeds: in 1 of 3.")
+    assert by_rate(standings(runs[:2])) == ""
 
 
 def test_it_is_drawn(tmp_path):

@@ -38,7 +38,7 @@ def test_readme_commands_exist():
     assert named == set(get_command(app).commands)
 
 
-RECORD = README.parent / "benchmarks" / "h100.json"
+RECORD = README.parent / "benchmarks" / "h200.json"
 
 
 def up_to_date(page: str, record: Path) -> None:
@@ -46,7 +46,7 @@ def up_to_date(page: str, record: Path) -> None:
     from unify.race import load
     from unify.standings import written
 
-    assert written(page, load(record)) == page, "unify bench --table benchmarks/h100.json -o README.md"
+    assert written(page, load(record)) == page, "unify bench --table benchmarks/h200.json -o README.md"
 
 
 def test_readme_speed_is_the_committed_record():

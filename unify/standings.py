@@ -1,6 +1,6 @@
 """The record of the benchmark on a GPU as verdicts, a Markdown table and pictures; nothing here measures.
 
-record = json.loads(Path("benchmarks/h100.json").read_text())
+record = json.loads(Path("benchmarks/h200.json").read_text())
 print(markdown(record))
 """
 

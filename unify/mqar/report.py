@@ -30,8 +30,8 @@ class Standing:
     """A model on a task at the learning rate that is best for it on average, over seeds.
 
     accuracies: one for each of seeds. parameters, state (bytes), flops (a token): of the model as it was trained. others: accuracies
-    on tasks that were not trained on. curves: [(step, loss, accuracy)] a seed. sizes: everything else the runs share. records:
-    of all its runs, at other rates too.
+    on tasks that were not trained on. curves: [(step, loss, accuracy)] a seed. sizes: everything else the runs share. rates: the
+    accuracy of each seed at every rate; records: of all its runs, at other rates too.
     """
 
     model: str
@@ -46,7 +46,7 @@ class Standing:
     flops: int
     others: dict[str, tuple[float, ...]]
     curves: tuple
-    lrs: int
+    rates: dict[float, dict[int, float]]
     records: tuple
 
     @property
@@ -92,9 +92,10 @@ def standings(records: Iterable[dict[str, Any]]) -> list[Standing]:
         others = {t: tuple(r["others"][t] for r in best if t in r["others"]) for t in names}
         accuracies, curves = tuple(r["accuracy"] for r in best), tuple(r["curve"] for r in best)
         used = tuple(r for runs in by_lr.values() for r in runs.values())
+        rates = {rate: {n: r["accuracy"] for n, r in sorted(runs.items())} for rate, runs in sorted(by_lr.items())}
         found.append(
             Standing(model, task, match, sizes, lr, seeds, accuracies, **cost, others=others, curves=curves,
-                     lrs=len(by_lr), records=used)
+                     rates=rates, records=used)
         )  # fmt: skip
     rank = {x: n for n, x in enumerate(MODELS)}
     order = lambda s: (s.task.length, s.task.pairs, s.task.overwrites, s.steps, s.match, rank.get(s.model, 99))  # noqa: E731
@@ -117,10 +118,26 @@ def markdown(found: list[Standing]) -> str:
     lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     for s in found:
         each = " ".join(f"{x:.3f}" for x in s.accuracies)
-        rate = f"{s.lr:.2g}, best of {s.lrs}" if s.lrs > 1 else f"{s.lr:.2g}"
+        rate = f"{s.lr:.2g}, best of {len(s.rates)}" if len(s.rates) > 1 else f"{s.lr:.2g}"
         cells = [s.task, f"{s.steps:,}", s.label, f"{s.mean:.3f}", each, rate, f"{s.state:,}", f"{s.parameters:,}",
                  f"{s.flops:,}", *(f"{mean(s.others[t]):.3f}" if t in s.others else "" for t in others)]  # fmt: skip
         lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def by_rate(found: list[Standing]) -> str:
+    """A table of each seed's accuracy at every learning rate, where several were tried; empty where not."""
+    several = [s for s in found if len(s.rates) > 1]
+    if not several:
+        return ""
+    rates = sorted({rate for s in several for rate in s.rates})
+    lines = [
+        "| task | steps | model | " + " | ".join(f"at {x:.2g}" for x in rates) + " |",
+        "|" + "---|" * (3 + len(rates)),
+    ]
+    for s in several:
+        cells = (" ".join(f"{x:.3f}" for x in s.rates.get(rate, {}).values()) for rate in rates)
+        lines.append(f"| {s.task} | {s.steps:,} | {s.label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -150,9 +167,23 @@ def comparisons(found: list[Standing]) -> list[tuple[str, int, int]]:
             if a and b and set(a.seeds) & set(b.seeds):
                 values = (dict(zip(s.seeds, s.accuracies, strict=True)) for s in (a, b))
                 said, *counts = compare(name(a.model), name(b.model), *values)
+                said += _at_equal_rates(a, b)
                 match = "" if a.match == "none" else f", equal {a.match}"
                 out.append((f"{a.task}, {a.steps:,} steps{match}: {said}", *counts))
     return out
+
+
+def _at_equal_rates(a: Standing, b: Standing) -> str:
+    """How often the first is above over all runs that differ in nothing else, where there are other rates than the best."""
+    both = [
+        (x, b.rates[rate][n])
+        for rate in set(a.rates) & set(b.rates)
+        for n, x in a.rates[rate].items()
+        if n in b.rates[rate]
+    ]
+    if len(a.rates) == len(b.rates) == 1 or not both:
+        return ""
+    return f" At equal rates and seeds: in {sum(x > y for x, y in both)} of {len(both)}."
 
 
 def open_questions(found: list[Standing], said: list[tuple[str, int, int]]) -> list[str]:
