@@ -76,7 +76,8 @@ def metaplastic(
     importance: "diagonal" (each memory entry has its own), "key" (shared by a row's value channels: matrix-multiply
         speed), or None: diagonal for additive memories, key for delta rules, which have no parallel form with a diagonal.
     rank: of the low-rank projection; None is hidden_size / 32, at least 4.
-    train: "importance" freezes the rest, "all" freezes nothing. quiet: do not print the line with the counts.
+    train: "importance" freezes the rest, "all" freezes nothing; torch.compile (2.11) does not see it when this changes later, and
+        wants a torch.compiler.reset() then. quiet: do not print the line with the counts.
     Logits are the host's to rounding until the branch's scale is trained away from 0. Raises UnifyError where no mixer is
     known, naming those that are there, and where one is known that this version of its library does not let in.
     Source: Palimpsa, arXiv 2602.09075; the zero start is ours.

@@ -222,7 +222,7 @@ def _overwrites(found: list[Standing]):
 
 def changes_figure(found: list[Change]):
     """For each host its accuracy while training, before and in every branch, a thin line a seed; and what each branch gained."""
-    figure, axes = _figure(2 * len(found), "Made metaplastic at a load it cannot hold")
+    figure, axes = _figure(2 * len(found), "Made metaplastic")
     for (rise, gain), c in zip(zip(axes[::2], axes[1::2], strict=True), found, strict=True):
         colours = dict(zip(c.after, PALETTE, strict=False))
         for n, record in enumerate(c.records):

@@ -175,16 +175,19 @@ def transform(
     began = time.time()
     torch.manual_seed(run.seed)
     model = host(run).to(device)
-    ours, answer = set(branches(model)), answering(model)
-    loss = torch.compile(loss_of(answer), dynamic=False) if compiled else None  # a graph for each choice of what trains
+    ours, named, answer = set(branches(model)), list(model.named_parameters()), answering(model)
+    loss = torch.compile(loss_of(answer), dynamic=False) if compiled else None
     tests = data(run.task, run.tests, run.seed, 1, device)
 
     def train(split: int, rate: float, steps: int, start: int, parts: tuple, said: int) -> dict[str, Any]:
         def prepare(step: int) -> None:
             for (importance, rest), first in zip(parts, (1, steps // 2 + 1), strict=True):
-                if step == first:
-                    for name, p in model.named_parameters():
-                        p.requires_grad_(importance if name in ours else rest)
+                wanted = {p: importance if n in ours else rest for n, p in named} if step == first else {}
+                if any(p.requires_grad != trains for p, trains in wanted.items()):
+                    for p, trains in wanted.items():
+                        p.requires_grad_(trains)
+                    if compiled:  # torch 2.11 would take the graph of what trained before
+                        torch.compiler.reset()
 
         sequences = data(run.task, min(run.sequences, max(run.batch, steps * run.batch)), run.seed, split, device)
         optimizer = _optimizer(model, rate, run.scales, device)
