@@ -746,12 +746,7 @@ TILES = {
     "read": (64, 64, 4, 2),  # 3 stages 70 / 102, 32x64x4 75 / 107, 32x128x4 87 / 104; on an H100 105 / 157, 107 / 159
     "head grads": (64, 64, 4, 2),  # 188 / 329; 32x64x4 172 / 365, 32x64x8 234 / 521
     "channel grads": (32, 128, 4, 2),  # 434 / 1026; 32x64x4 477 / 1172, 64x64x8 556 / 1016
-    "channel grads of two": (
-        16,
-        64,
-        4,
-        3,
-    ),  # two reads or writes, 797 / 1820; 2 stages 835 / 1860, 64x64x8 1314 / 2429, 32x64x8 979 / 2355
+    "channel grads of two": (16, 64, 4, 3),  # 797 / 1820; 2 stages 835 / 1860, 64x64x8 1314 / 2429, 32x64x8 979 / 2355
     "mix": (128, 64, 4, 3),  # 19 / 43; 64x64x4 27 / 50
     "solve": (0, 32, 4, 1),  # all key channels, and tokens: - / 893; 64x8 1007, 16x4 1031, 32x8 1057, 64x4 1951
     "solve exact": (0, 32, 8, 1),  # float32: 16 tokens, for want of registers
