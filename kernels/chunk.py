@@ -822,7 +822,7 @@ class Layout(NamedTuple):
 def _tile(name: str, K: int, V: int, work: torch.dtype, wide: torch.dtype) -> tuple[int, int, dict]:
     BK, BV, warps, stages = TILES[name]
     if work != torch.bfloat16:
-        BK, BV, warps, stages = BK // 2, BV // 2, 8, 1
+        BK, BV, warps, stages = BK // 2, BV // 2, 8 if warps > 1 else 1, 1
     BK, BV = (max(16, min(power(n), most)) for n, most in ((K, BK or power(K)), (V, BV)))
     launch = {"C": C, "DT": TYPES[work], "ACC": TYPES[wide], "num_warps": warps, "num_stages": stages}
     return BK, BV, launch | ({"maxnreg": REGISTERS[name]} if name in REGISTERS and work == torch.bfloat16 else {})
@@ -892,7 +892,6 @@ def _launch_scores(at, reads, written, G, before, near=False, far=False) -> Pair
     name = "head scores" if at.gate == HEAD.value else "channel scores of two" if two else "channel scores"
     BK, _, launch = at.tile(name, K, K)
     if at.gate == CHANNEL.value:
-        launch = {**launch, "num_warps": 1}
         given = (out.scores if x is None else x for x in out)
         _channel_scores[at.slots * at.H * PARTS,](
             read, second if two else read, written, *given, G, at.offsets, at.N, at.H, K, before, two, near, far, K % BK == 0,

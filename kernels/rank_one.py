@@ -73,8 +73,6 @@ def _invert(A, inverse, offsets, N, H, C: tl.constexpr, ACC: tl.constexpr):
     tl.store(inverse + above, tl.zeros([32, 32], out), mask=i < n)
 
 
-INVERT = {"num_warps": 2}
-
 NONE, NEAR, FAR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
@@ -108,7 +106,7 @@ def _mix(
 
 def _inverse(at: chunk.Layout, A: Tensor) -> Tensor:
     out = torch.empty_like(A)
-    _invert[at.slots, at.H](A, out, at.offsets, at.N, at.H, chunk.C, chunk.TYPES[at.wide], **INVERT)
+    _invert[at.slots, at.H](A, out, at.offsets, at.N, at.H, chunk.C, chunk.TYPES[at.wide], num_warps=2)
     return out
 
 

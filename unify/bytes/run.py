@@ -204,7 +204,7 @@ def train(
     compiled: through torch.compile. found: the repeats in the corpus's windows, if they are known. progress: is told step, training
     and held-out bits per byte.
     Returns the run, its cost, the curve [[bytes seen, training bits, held-out bits]] on `WATCHED` windows, what `measure` finds
-    on all, bytes a second of training (first step and measurements aside), seconds in all, device and versions.
+    on all, bytes a second of training (first step and measurements aside, a graph's capture not), seconds in all, device and versions.
     """
     begin = time.perf_counter()
     trainee = Trainee(run, device, compiled)
