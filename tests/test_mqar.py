@@ -601,6 +601,14 @@ def test_minutes_of_runs_side_by_side_count_once():
     )
 
 
+def test_two_cards_at_work_for_a_minute_are_two_minutes():
+    spans = ((0, 60), (0, 60), (30, 90))
+    runs = [{**ON, "began": 100.0 + a, "ended": 100.0 + b} for a, b in spans]
+    on = lambda cards: [{**run, "card": card} for run, card in zip(runs, cards, strict=True)]  # noqa: E731
+    assert minutes(on("aaa")) == "3 runs, 1.5 minutes of one GPU, at most 3 side by side (torch 2)."
+    assert minutes(on("abb")) == "3 runs, 2.5 minutes of one GPU, at most 2 side by side (torch 2)."
+
+
 def turned(host, before, after, seed=1, task=TINY):
     """A record as `transform` makes it, with given accuracies."""
     run = Transformation(host, task, seed=seed, **SHORT)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 from statistics import mean, stdev
 from typing import Any
 
@@ -215,22 +216,38 @@ def open_questions(found: list[Standing], said: list[tuple[str, int, int]]) -> l
 
 
 def minutes(records: Iterable[dict[str, Any]]) -> str:
-    """How long runs kept their machines: minutes in which at least one was under way, so that runs side by side count once."""
-    by_device: dict[str, list] = defaultdict(list)
+    """How long runs kept their machines: minutes in which at least one was under way, so that runs side by side on a GPU count once.
+
+    Two GPUs at work for a minute are two minutes; records without "card", from before it was kept, count as of one.
+    """
+    by_device: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
     for record in records:
-        by_device[record["device"]].append(record)
+        by_device[record["device"]][record.get("card", "")].append(record)
     parts = []
-    for device, runs in sorted(by_device.items()):
-        busy, end = 0.0, 0.0
-        for began, ended in sorted((r["began"], r["ended"]) for r in runs):
-            busy, end = busy + max(0.0, ended - max(began, end)), max(end, ended)
+    for device, cards in sorted(by_device.items()):
+        runs = [record for found in cards.values() for record in found]
+        busy = sum(_busy(found) for found in cards.values())
         versions = sorted({", ".join(f"{k} {v}" for k, v in r["versions"].items()) for r in runs})
-        side = max(r["jobs"] for r in runs)
+        side = max([r["jobs"] for r in runs] + [_at_once(found) for card, found in cards.items() if card])
         what = f"{len(runs)} runs" if len(runs) > 1 else "1 run"
         parts.append(
             f"{what}, {busy / 60:.1f} minutes of one {device.removeprefix('a ')}, at most {side} side by side ({'; '.join(versions)})"
         )
     return "; ".join(parts) + "."
+
+
+def _busy(runs: list[dict[str, Any]]) -> float:
+    """Seconds in which at least one of the runs was under way."""
+    busy, end = 0.0, 0.0
+    for began, ended in sorted((r["began"], r["ended"]) for r in runs):
+        busy, end = busy + max(0.0, ended - max(began, end)), max(end, ended)
+    return busy
+
+
+def _at_once(runs: list[dict[str, Any]]) -> int:
+    """How many of the runs were under way at a time, at most."""
+    turns = sorted([(r["began"], 1) for r in runs] + [(r["ended"], -1) for r in runs])
+    return max(accumulate(turn for _, turn in turns))
 
 
 # -- made metaplastic --------------------------------------------------------------------------------------------------

@@ -297,9 +297,10 @@ def read(answer: Answer, run: Run, task: Task, device: str) -> float:
 
 
 def spent(began: float, device: str) -> dict[str, Any]:
-    """When a run began and ended (seconds since 1970), how long it took, on what, with which versions."""
+    """When a run began and ended (seconds since 1970), how long it took, on what, on which of several such, with which versions."""
     ended = time.time()
-    return {"seconds": ended - began, "began": began, "ended": ended, **machine(device)}
+    which = {"card": str(torch.cuda.get_device_properties(0).uuid)[:8]} if device == "cuda" else {}
+    return {"seconds": ended - began, "began": began, "ended": ended, **machine(device), **which}
 
 
 def machine(device: str) -> dict[str, Any]:
