@@ -24,7 +24,17 @@ from unify.models import zoo
 from unify.mqar import figures
 from unify.mqar import sweep as sweeping
 from unify.mqar.figures import draw
-from unify.mqar.report import by_rate, changed, changes, comparisons, markdown, minutes, open_questions, standings
+from unify.mqar.report import (
+    by_rate,
+    changed,
+    changes,
+    comparisons,
+    markdown,
+    minutes,
+    open_questions,
+    readings,
+    standings,
+)
 from unify.mqar.run import (
     MODELS,
     Data,
@@ -512,9 +522,12 @@ def test_the_rate_is_chosen_by_the_mean_and_the_spread_is_shown():
     assert (best.model, best.lr, best.mean, best.accuracies, len(best.rates)) == ("palimpsa", 1e-3, 0.8, (0.9, 0.7), 2)
     assert [(s.model, str(s.task)) for s in found] == [("palimpsa", "16x2"), ("mamba2", "16x2"), ("mamba2", "32x4")]
     page = markdown(found)
-    assert "| 16x2 | 2 | Palimpsa | 0.800 | 0.900 0.700 | 0.001, best of 2 | 160 | 100 | 5 |  |" in page
-    assert "| flops a token | read at 32x2 |" in page
-    assert "| 160 | 100 | 5 | 0.250 |" in page
+    one, other = page.split("\n\n")
+    assert "| 16x2 | 2 | Palimpsa | 0.800 | 0.900 0.700 | 0.001, best of 2 | 160 | 100 | 5 |  |" in one
+    assert "| flops a token | read at 32x2 |" in one
+    assert "| 160 | 100 | 5 | 0.250 |" in one
+    assert other.splitlines()[0].endswith("| flops a token |")
+    assert "| 32x4 | 2 | Mamba-2 | 0.400 |" in other
     with pytest.raises(UnifyError, match="nothing to show"):
         standings([])
 
@@ -533,6 +546,39 @@ def test_rates_that_are_not_the_best_are_shown_and_counted():
     assert (above, seeds) == (1, 2)
     assert said.endswith("0.800 ± 0.141 against 0.500 ± 0.424. At equal rates and seeds: in 1 of 3.")
     assert by_rate(standings(runs[:2])) == ""
+
+
+def test_what_is_matched_is_compared_with_what_is_as_large_by_itself():
+    runs = [record("palimpsa", 0.9, match="state"), record("mamba2", 0.5), record("mamba2", 0.6, 1e-2),
+            record("gated_deltanet", 0.7), record("palimpsa", 0.8, state=320), record("kda", 0.1, state=170)]  # fmt: skip
+    said = [text for text, *_ in comparisons(standings(runs))]
+    mine = [text for text in said if "equal state" in text]
+    assert mine == [
+        "16x2, 2 steps, equal state: Palimpsa above Mamba-2 in 1 of 1 seed: 0.900 against 0.500.",  # at the same rate
+        "16x2, 2 steps, equal state: Palimpsa above Gated DeltaNet in 1 of 1 seed: 0.900 against 0.700.",
+    ]  # and not KDA: its state is 6 % larger
+    assert len(said) == 5
+    assert comparisons(standings([runs[0], runs[3]])) == []  # no Mamba-2 to be as large as
+
+
+def test_memories_are_compared_with_their_sources_on_what_was_not_trained():
+    runs = [record(m, 0.5, seed=s, others={"32x2": v}) for m, vs in (("palimpsa", (0.4, 0.2)), ("not_palimpsa", (0.3, 0.3)))
+            for s, v in enumerate(vs)]  # fmt: skip
+    ((said, *counts),) = readings(standings([*runs, record("mamba2", 0.5, others={"32x2": 0.9})]))
+    assert said.startswith(
+        "Trained on 16x2, 2 steps, read at 32x2: Palimpsa above Palimpsa without importance in 1 of 2 "
+    )
+    assert said.endswith("0.300 ± 0.141 against 0.300 ± 0.000.")
+    assert counts == [1, 2]
+    del runs[3]["others"]["32x2"]
+    assert readings(standings(runs[:1] + runs[3:])) == []  # no seed in common
+
+
+def test_a_model_looks_the_same_in_every_figure():
+    few, all_of_them = figures.styles(["mesanet"]), figures.styles([*MODELS, "comba"])
+    assert few["mesanet"] == all_of_them["mesanet"]
+    looks = {(s["color"], s["ls"]) for s in all_of_them.values()}
+    assert len(looks) == len(MODELS) + 1
 
 
 def test_it_is_drawn(tmp_path):
@@ -580,7 +626,7 @@ def test_sentences_follow_from_the_numbers():
     assert agreed[0][1:] == (3, 3)
     assert not any("disagree" in text for text in open_questions(standings(runs), agreed))
     few = open_questions(standings(runs[:2] + runs[3:5]), [])
-    assert few[0] == "Fewer than 3 seeds: 2 of the 2 rows of the table."
+    assert few[0] == "Fewer than 3 seeds: 2 of the 2 rows of the tables."
     late = [record("gla", v, seed=s, task=Task(16, 4, vocab=16)) for s, v in enumerate((0.49, 0.51, 0.1))]
     begun = "16x4, 2 steps: recall had not begun (an accuracy below twice that of a guess among the sequence's values) in GLA 2 of 3 runs."
     assert open_questions(standings(late), [])[0].startswith(begun)
@@ -620,10 +666,11 @@ def turned(host, before, after, seed=1, task=TINY):
 def test_what_converting_changed_is_told_beside_the_unconverted():
     runs = [turned("mamba2", 0.5, {"unconverted": 0.52, "everything": x}, s) for s, x in enumerate((0.6, 0.51))]
     table, said, left = changed(changes(runs))
+    plateau = "Mamba-2, 16x2: the host was at no plateau, going on unconverted gained +0.020 ± 0.000."
     assert "| Mamba-2 | 16x2 | everything | 5 | 0.500 ± 0.000 | 0.555 ± 0.064 | +0.055 ± 0.064 | 2 |" in table
     wanted = "Mamba-2, 16x2, accuracy gained: everything above unconverted in 1 of 2 seeds: +0.055 ± 0.064 against +0.020 ± 0.000."
     assert said[1:] == [wanted]
-    assert left == [f"Seeds disagree: {wanted}", "Mamba-2, 16x2: 2 seeds."]
+    assert left == [f"Seeds disagree: {wanted}", plateau, "Mamba-2, 16x2: 2 seeds."]
     held = changed(changes([turned("mamba2", 0.97, {"unconverted": 0.97, "everything": 0.98}, s) for s in (1, 2, 3)]))
     assert held[2] == ["Mamba-2, 16x2: the host held its load nearly (0.970 ± 0.000 before converting)."]
     with pytest.raises(UnifyError, match="nothing to show"):

@@ -28,7 +28,7 @@ runs that were ended before they had a result are not in them.
 def recall(records: Records, folder: Path) -> str:
     """Models beside each other on multi-query associative recall."""
     from .mqar.figures import draw
-    from .mqar.report import by_rate, comparisons, markdown, minutes, open_questions, standings
+    from .mqar.report import by_rate, comparisons, markdown, minutes, open_questions, readings, standings
 
     found = standings(records)
     captions = {
@@ -41,11 +41,12 @@ def recall(records: Records, folder: Path) -> str:
         f"![{captions[title]}]({files[0].name})\n\n{captions[title]} {minutes(_of(title, found))}"
         for title, files in draw(found, folder, ("png",)).items()
     ]
-    said, rates = comparisons(found), by_rate(found)
+    said, rates, far = comparisons(found), by_rate(found), [text for text, _, _ in readings(found)]
     return "\n\n".join([
         "## Multi-query associative recall", _set_up(found), *pictures, "### In numbers", markdown(found),
         *(["Each seed's accuracy at every learning rate that was tried:", rates] if rates else []), "### What was found",
-        _bullets(text for text, _, _ in said), "### What was not", _bullets(open_questions(found, said)),
+        _bullets(text for text, _, _ in said), *(["### On what was not trained", _bullets(far)] if far else []),
+        "### What was not", _bullets(open_questions(found, said)),
     ])  # fmt: skip
 
 
@@ -102,7 +103,7 @@ def language(records: Records, folder: Path) -> str:
     """Language models over bytes."""
     from .bytes.report import section
 
-    return section(records, folder).rstrip()
+    return section(records, folder, ("png",)).rstrip()
 
 
 def several(records: Records, folder: Path) -> str:

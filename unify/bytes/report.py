@@ -10,10 +10,13 @@ from statistics import mean
 from typing import Any
 
 from unify.errors import UnifyError
-from unify.mqar.report import name
+from unify.mqar.figures import styles
+from unify.mqar.report import ENOUGH, PAIRS, compare, name
 
 from .measure import CUE, LETTERS
 from .run import MODELS, Run
+
+WORSE = 0.02  # bits a byte
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,10 @@ def _shared(run: Run) -> tuple:
     )
 
 
-def section(records: Iterable[dict[str, Any]], directory: str | Path) -> str:
-    """A part of a page in Markdown, its pictures (bytes.svg, bytes.png; bytes-2 ... where there are more) in directory."""
+def section(
+    records: Iterable[dict[str, Any]], directory: str | Path, suffixes: tuple[str, ...] = ("svg", "png")
+) -> str:
+    """A part of a page in Markdown, its pictures (bytes.png; bytes-2 ... where there are more) in directory."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     groups: dict[tuple, list[Standing]] = defaultdict(list)
@@ -78,7 +83,7 @@ def section(records: Iterable[dict[str, Any]], directory: str | Path) -> str:
     parts = ["## Language models over bytes", "", _explained()]
     for n, found in enumerate(groups.values(), 1):
         title = "bytes" if n == 1 else f"bytes-{n}"
-        for suffix in ("svg", "png"):
+        for suffix in suffixes:
             _draw(found).savefig(directory / f"{title}.{suffix}", dpi=150)
         parts += [
             "",
@@ -87,6 +92,14 @@ def section(records: Iterable[dict[str, Any]], directory: str | Path) -> str:
             markdown(found),
             "",
             f"![bits against bytes, position and distance]({title}.png)",
+            "",
+            "### What was found",
+            "",
+            *(f"- {line}" for line in _found(found)),
+            "",
+            "### What was not",
+            "",
+            *(f"- {line}" for line in _left(found)),
         ]
     return "\n".join(parts) + "\n"
 
@@ -113,10 +126,11 @@ def _sizes(found: list[Standing]) -> str:
     run, record = found[0].run, found[0].records[0]
     machines = "; ".join(sorted({r["on"] for s in found for r in s.records}))
     repeats = record["recall"][-1]["repeats"] if record["recall"] else 0
+    took = [r["seconds"] for s in found for r in s.records]
     return (
         f"{run.layers} layers, d_model {run.d_model}, heads of {run.head_dim}; {run.tokens:,} bytes in {run.steps} steps of "
         f"{run.batch} x {run.length} from {record['files']:,} files; {record['read']:,} held-out bytes, {repeats:,} repeats of "
-        f"names. On {machines}."
+        f"names. {len(took)} runs one after the other, {sum(took) / 60:.1f} minutes in all. On {machines}."
     )
 
 
@@ -144,6 +158,43 @@ def markdown(found: list[Standing]) -> str:
     return "\n".join(lines)
 
 
+def _found(found: list[Standing]) -> list[str]:
+    """Bits per byte of each of `PAIRS`, and what a name seen before is worth."""
+    at = {s.run.model: s for s in found}
+    seeds = lambda s: {r["run"]["seed"]: r["bits"] for r in s.records}  # noqa: E731
+    said = [
+        f"Bits per byte: {compare(name(a), name(b), seeds(at[a]), seeds(at[b]), less=True)[0]}"
+        for a, b in PAIRS
+        if a in at and b in at and set(seeds(at[a])) & set(seeds(at[b]))
+    ]
+    saved = {s.label: s.recall("first_bits") - s.recall("bits") for s in found if s.recall("bits") is not None}
+    if saved:
+        order = sorted(saved, key=lambda label: -saved[label])
+        said.append(
+            "Bits a byte saved where a name comes again: " + ", ".join(f"{x} {saved[x]:.2f}" for x in order) + "."
+        )
+    return said
+
+
+def _left(found: list[Standing]) -> list[str]:
+    """Few seeds, short training, and contexts that make a model worse."""
+    few = sum(len(s.records) < ENOUGH for s in found)
+    out = [f"Fewer than {ENOUGH} seeds: {few} of the {len(found)} rows."] if few else []
+    run, record = found[0].run, found[0].records[0]
+    out.append(f"Training was short: {run.tokens / record['parameters']:.1f} bytes a parameter.")
+    worse = []
+    for s in found:
+        *before, last = (mean(r["positions"][n]["bits"] for r in s.records) for n in range(len(record["positions"])))
+        if before and last > min(before) + WORSE:
+            worse.append(f"{s.label} ({min(before):.3f} to {last:.3f})")
+    if worse:
+        last = record["positions"][-1]
+        out.append(
+            f"Bytes {last['from']} to {last['to'] - 1} of a window cost more bits than earlier ones: {', '.join(worse)}."
+        )
+    return out
+
+
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
@@ -151,13 +202,14 @@ def _draw(found: list[Standing]):
     """Held-out bits against bytes seen and against position, and recall by distance; a band from the least to the largest seed."""
     from matplotlib.figure import Figure
 
+    look = {m: {x: s[x] for x in ("color", "ls")} for m, s in styles(s.run.model for s in found).items()}
     figure = Figure(figsize=(14.0, 4.6), layout="constrained")
     axes = figure.subplots(1, 3)
     panels = (("bytes seen", "held-out bits per byte", _curve), ("bytes of context", "held-out bits per byte", _position),
               ("distance to the occurrence before, bytes", "bits per byte saved on a name seen before", _distance))  # fmt: skip
     for axis, (x, y, points) in zip(axes, panels, strict=True):
-        for n, s in enumerate(found):
-            _band(axis, [points(r) for r in s.records], label=s.label, **_style(n))
+        for s in found:
+            _band(axis, [points(r) for r in s.records], label=s.label, **look[s.run.model])
         axis.set(xlabel=x, ylabel=y)
         axis.grid(color="0.92")
         axis.set_axisbelow(True)
@@ -165,12 +217,6 @@ def _draw(found: list[Standing]):
     _ticks(axes)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     return figure
-
-
-def _style(n: int) -> dict[str, Any]:
-    from unify.draw import PALETTE
-
-    return {"color": PALETTE[n % len(PALETTE)], "ls": "-" if n < len(PALETTE) else "--"}
 
 
 def _curve(record: dict[str, Any]) -> list[tuple[float, float]]:

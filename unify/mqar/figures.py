@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import cycle
 from pathlib import Path
 from statistics import mean
@@ -9,7 +10,10 @@ from statistics import mean
 from unify.draw import PALETTE
 
 from .report import Change, Standing, name
+from .run import MODELS
 from .task import Task
+
+SEEN = (0.004, 0.996)  # accuracies that a figure of log odds shows
 
 
 def draw(found: list[Standing], folder: Path, suffixes: tuple[str, ...] = ("svg", "png")) -> dict[str, list[Path]]:
@@ -49,21 +53,30 @@ def save(figure, folder: Path, title: str, suffixes: tuple[str, ...] = ("png",))
     return files
 
 
+def styles(models: Iterable[str]) -> dict[str, dict]:
+    """Colour and line of each model, the same in every figure."""
+    first, again = {"ls": "-"}, {"ls": "--", "markerfacecolor": "white"}
+    order = list(dict.fromkeys([*MODELS, *models]))
+    return {
+        model: {"color": PALETTE[n % len(PALETTE)], **(first if n < len(PALETTE) else again)}
+        for n, model in enumerate(order)
+    }
+
+
 def _styles(found: list[Standing]) -> dict[tuple[str, str], dict]:
     """A colour for each model, a marker for each way of matching."""
-    models = list(dict.fromkeys(s.model for s in found))
-    markers = {"none": "o", "state": "s", "parameters": "^"}
-    first, again = {"ls": "-"}, {"ls": "--", "markerfacecolor": "white"}
-    colour = lambda n: {"color": PALETTE[n % len(PALETTE)], **(first if n < len(PALETTE) else again)}  # noqa: E731
-    return {(s.model, s.match): {**colour(models.index(s.model)), "marker": markers[s.match]} for s in found}
+    markers, of = {"none": "o", "state": "s", "parameters": "^"}, styles(s.model for s in found)
+    return {(s.model, s.match): {**of[s.model], "marker": markers[s.match]} for s in found}
 
 
-def _figure(columns: int, title: str):
+def _figure(panels: int, title: str, across: int = 4):
+    """A figure and its panels, `across` of them in a row."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(max(7.5, 4.2 * columns), 4.8), layout="constrained")
+    columns, rows = min(panels, across), -(-panels // across)
+    figure = Figure(figsize=(max(7.5, 4.2 * columns), 0.6 + 4.2 * rows), layout="constrained")
     figure.suptitle(title, fontsize=13)
-    axes = figure.subplots(1, columns, squeeze=False)[0]
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()[:panels]
     for axis in axes:
         axis.grid(color="0.92")
         axis.set_axisbelow(True)
@@ -74,12 +87,15 @@ def _figure(columns: int, title: str):
 
 
 def _against(found: list[Standing]):
-    """Accuracy against length, and against each cost on the task that most models were trained on."""
+    """Accuracy against length, models a little apart, and against each cost on the task that most models were trained on.
+
+    Accuracies are drawn as their log odds, which tells 0.95 from 0.99.
+    """
     what = {"state": "state, bytes", "parameters": "parameters", "flops": "flops a token"}
     tasks = [(s.task, s.steps) for s in found]
     most = max(dict.fromkeys(tasks), key=tasks.count)
     figure, axes = _figure(1 + len(what), "Multi-query associative recall")
-    styles = _styles(found)
+    look, models = _styles(found), list(dict.fromkeys(s.model for s in found))
     panels = [("length", "tokens", [s for s in _unmatched(found) if not s.task.overwrites])]
     panels += [
         (x, f"{title}; {_titled(*most)}", [s for s in found if (s.task, s.steps) == most]) for x, title in what.items()
@@ -87,16 +103,27 @@ def _against(found: list[Standing]):
     for axis, (x, title, shown) in zip(axes, panels, strict=True):
         for key in dict.fromkeys((s.model, s.match, s.steps) for s in shown):
             mine = sorted((s for s in shown if (s.model, s.match, s.steps) == key), key=lambda s: _at(s, x))
-            at, means = [_at(s, x) for s in mine], [s.mean for s in mine]
-            low, high = ([abs(s.mean - end(s.accuracies)) for s in mine] for end in (min, max))
-            axis.errorbar(at, means, [low, high], label=name(key[0]), capsize=3, **styles[key[:2]])
+            apart = 1.012 ** (models.index(key[0]) - len(models) / 2) if x == "length" else 1
+            at, means = [apart * _at(s, x) for s in mine], [_within(s.mean) for s in mine]
+            ends = [
+                [abs(y - _within(end(s.accuracies))) for s, y in zip(mine, means, strict=True)] for end in (min, max)
+            ]
+            axis.errorbar(at, means, ends, label=name(key[0]), capsize=3, **look[key[:2]])
         axis.set_xlabel(title)
         (_lengths if x == "length" else _ticks)(axis, sorted({_at(s, x) for s in shown}))
+        axis.set_yscale("logit")
+        axis.set(ylim=SEEN, yticks=(ticks := (0.01, 0.1, 0.5, 0.9, 0.99)), yticklabels=map(str, ticks))
+        axis.minorticks_off()
     axes[0].set_ylabel("accuracy (mean, least to largest over seeds)", fontsize=9)
     if {s.match for s in found} - {"none"}:
         axes[1].set_title("square: equal state; triangle: equal parameters", fontsize=9)
     _legend(figure, axes)
     return figure
+
+
+def _within(accuracy: float) -> float:
+    """An accuracy that can be drawn as log odds."""
+    return min(max(accuracy, SEEN[0]), SEEN[1])
 
 
 def _unmatched(found: list[Standing]) -> list[Standing]:
@@ -142,10 +169,10 @@ def _curves(found: list[Standing]):
     shown = _unmatched(found)
     groups = list(dict.fromkeys((s.task, s.steps) for s in shown))
     figure, axes = _figure(len(groups), "Learning curves at each model's best rate")
-    styles = _styles(found)
+    look = _styles(found)
     for axis, group in zip(axes, groups, strict=True):
         for s in (s for s in shown if (s.task, s.steps) == group):
-            style = {**styles[s.model, s.match], "marker": None}
+            style = {**look[s.model, s.match], "marker": None}
             for curve in s.curves:
                 steps, _, accuracies = zip(*curve, strict=True)
                 axis.plot(steps, accuracies, lw=1.2, alpha=0.8, label=name(s.model), **style)
@@ -167,13 +194,13 @@ def _extrapolation(found: list[Standing]):
     shown = [s for s in _unmatched(found) if _longer(s)]
     groups = list(dict.fromkeys((s.task, s.steps) for s in shown))
     figure, axes = _figure(len(groups), "Longer than in training")
-    styles = _styles(found)
+    look = _styles(found)
     for axis, group in zip(axes, groups, strict=True):
         for s in (s for s in shown if (s.task, s.steps) == group):
             lengths, values = zip(*sorted(_longer(s).items()), strict=True)
             ends = [[abs(mean(v) - end(v)) for v in values] for end in (min, max)]
             axis.errorbar(
-                lengths, [mean(v) for v in values], ends, label=name(s.model), capsize=3, **styles[s.model, s.match]
+                lengths, [mean(v) for v in values], ends, label=name(s.model), capsize=3, **look[s.model, s.match]
             )
         axis.set_xlabel("tokens read")
         axis.set_title(f"trained on {_titled(*group)}", fontsize=10)

@@ -19,10 +19,12 @@ PAIRS = (
     ("palimpsa", CONTROL), ("palimpsa_key", CONTROL), ("metamamba2", "mamba2"), ("meta_gla", "gla"),
     ("meta_gdn", "gated_deltanet"), ("palimpsa", "palimpsa_key"), ("palimpsa", "mamba2"), ("palimpsa", "gated_deltanet"),
     ("palimpsa", "kda"), ("palimpsa", "mesanet"), ("palimpsa", ATTENTION), ("palimpsa_key", "mamba2"),
-    ("palimpsa_key", "mesanet"), ("palimpsa_key", ATTENTION),
+    ("palimpsa_key", "mesanet"), ("palimpsa_key", ATTENTION), ("meta_gdn", "mesanet"),
 )  # fmt: skip
+SOURCES = PAIRS[:5]
 ENOUGH = 3  # seeds
 RISING = 0.01  # accuracy gained by the last look at it
+ALIKE = 0.005  # of Mamba-2's state or parameters
 GUESSED = 2.0  # times the accuracy of a guess among a sequence's values: below it recall has not begun
 
 
@@ -112,7 +114,14 @@ def _best(by_lr: dict[float, dict[int, dict]]) -> float:
 
 
 def markdown(found: list[Standing]) -> str:
-    """A table: accuracy as the mean over seeds, and of each of them; cost beside it; then each other task that was read."""
+    """A table a task: accuracy as the mean over seeds, and of each; cost beside it; then each other task that was read."""
+    return "\n\n".join(
+        _table([s for s in found if (s.task, s.steps) == group])
+        for group in dict.fromkeys((s.task, s.steps) for s in found)
+    )
+
+
+def _table(found: list[Standing]) -> str:
     others = list(dict.fromkeys(t for s in found for t in s.others))
     titles = ["task", "steps", "model", "accuracy", "of each seed", "learning rate", "state, bytes", "parameters",
               "flops a token", *(f"read at {t}" for t in others)]  # fmt: skip
@@ -149,29 +158,68 @@ def spread(values: Iterable[float], sign: str = "") -> str:
     return shown + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
-def compare(one: str, other: str, a: dict[int, float], b: dict[int, float], sign: str = "") -> tuple[str, int, int]:
-    """A sentence on two things measured over the seeds they share; (it, how often the first is above, how many seeds)."""
+def compare(
+    one: str, other: str, a: dict[int, float], b: dict[int, float], sign: str = "", less: bool = False
+) -> tuple[str, int, int]:
+    """A sentence on two things measured over the seeds they share; (it, how often the first is above, how many seeds).
+
+    less: count how often it is below.
+    """
     seeds = sorted(set(a) & set(b))
-    above = sum(a[s] > b[s] for s in seeds)
+    count = sum(a[s] < b[s] if less else a[s] > b[s] for s in seeds)
     values = f"{spread((a[s] for s in seeds), sign)} against {spread((b[s] for s in seeds), sign)}"
-    count = f"{above} of {len(seeds)} seed{'s' * (len(seeds) != 1)}"
-    return f"{one} above {other} in {count}: {values}.", above, len(seeds)
+    of = f"{count} of {len(seeds)} seed{'s' * (len(seeds) != 1)}"
+    return f"{one} {'below' if less else 'above'} {other} in {of}: {values}.", count, len(seeds)
 
 
 def comparisons(found: list[Standing]) -> list[tuple[str, int, int]]:
-    """`compare` for each of `PAIRS` at equal task, match and sizes."""
+    """`compare` for each of `PAIRS` at equal task, match and sizes.
+
+    What is matched to Mamba-2 is compared with Mamba-2, and with others as large by themselves, at its own learning rate.
+    """
     at = {(s.model, s.task, s.match, s.sizes): s for s in found}
     out = []
     for group in dict.fromkeys((s.task, s.match, s.sizes) for s in found):
-        for pair in PAIRS:
-            a, b = (at.get((model, *group)) for model in pair)
-            if a and b and set(a.seeds) & set(b.seeds):
-                values = (dict(zip(s.seeds, s.accuracies, strict=True)) for s in (a, b))
-                said, *counts = compare(name(a.model), name(b.model), *values)
-                said += _at_equal_rates(a, b)
+        for one, other in PAIRS:
+            a, b = (at.get((model, *group)) for model in (one, other))
+            if a and (b := b or _as_large(a, other, at)):
+                values = dict(zip(a.seeds, a.accuracies, strict=True)), b.rates.get(a.lr, {})
+                if a.match == b.match:
+                    values = values[0], dict(zip(b.seeds, b.accuracies, strict=True))
+                if not set(values[0]) & set(values[1]):
+                    continue
+                said, *counts = compare(name(one), name(other), *values)
+                said += _at_equal_rates(a, b) if a.match == b.match else ""
                 match = "" if a.match == "none" else f", equal {a.match}"
                 out.append((f"{a.task}, {a.steps:,} steps{match}: {said}", *counts))
     return out
+
+
+def readings(found: list[Standing]) -> list[tuple[str, int, int]]:
+    """`compare` for each of `SOURCES` on the tasks that they were not trained on: longer sequences, keys bound twice."""
+    at = {(s.model, s.task, s.match, s.sizes): s for s in found}
+    out = []
+    for a in found:
+        for b in (at.get((other, a.task, a.match, a.sizes)) for one, other in SOURCES if one == a.model):
+            for task in a.others if b else ():
+                values = [
+                    dict(zip(s.seeds, read, strict=True))
+                    for s in (a, b)
+                    if len(read := s.others.get(task, ())) == len(s.seeds)
+                ]
+                if len(values) == 2 and set(values[0]) & set(values[1]):
+                    said, *counts = compare(a.label, b.label, *values)
+                    out.append((f"Trained on {a.task}, {a.steps:,} steps, read at {task}: {said}", *counts))
+    return out
+
+
+def _as_large(matched: Standing, model: str, at: dict[tuple, Standing]) -> Standing | None:
+    """The model as it is, where it has as many of what was matched as Mamba-2, within `ALIKE`."""
+    if matched.match == "none":
+        return None
+    plain, source = (at.get((m, matched.task, "none", matched.sizes)) for m in (model, "mamba2"))
+    size = lambda s: getattr(s, matched.match)  # noqa: E731
+    return plain if plain and source and abs(size(plain) / size(source) - 1) < ALIKE else None
 
 
 def _at_equal_rates(a: Standing, b: Standing) -> str:
@@ -192,7 +240,7 @@ def open_questions(found: list[Standing], said: list[tuple[str, int, int]]) -> l
     out = [f"Seeds disagree: {text}" for text, above, seeds in said if 0 < above < seeds]
     few = [s for s in found if len(s.seeds) < ENOUGH]
     if few:
-        out.append(f"Fewer than {ENOUGH} seeds: {len(few)} of the {len(found)} rows of the table.")
+        out.append(f"Fewer than {ENOUGH} seeds: {len(few)} of the {len(found)} rows of the tables.")
     stuck: dict[str, list[str]] = defaultdict(list)
     for s in found:
         if n := sum(x < GUESSED / s.task.pairs for x in s.accuracies):
@@ -323,6 +371,9 @@ def changed(found: list[Change]) -> tuple[str, list[str], list[str]]:
                 text, above, seeds = compare(branch, "unconverted", c.gained(branch), c.gained("unconverted"), "+")
                 said.append(f"{where}, accuracy gained: {text}")
                 left += [f"Seeds disagree: {said[-1]}"] if 0 < above < seeds else []
+        going_on = c.gained("unconverted").values()
+        if mean(going_on) > RISING:
+            left.append(f"{where}: the host was at no plateau, going on unconverted gained {spread(going_on, '+')}.")
         if max(c.before) > SOLVED - 0.05:
             left.append(f"{where}: the host held its load nearly ({spread(c.before)} before converting).")
         left += [f"{where}: {len(c.seeds)} seed{'s' * (len(c.seeds) != 1)}."] if len(c.seeds) < ENOUGH else []
