@@ -119,7 +119,8 @@ def delta_rule(q, k, v, beta, initial_state=None, output_final_state=False):
 def gated_delta_rule(q, k, v, g, beta, initial_state=None, output_final_state=False):
     """fla's naive gated delta rule; each key head serves several value heads."""
     q, k = (x.repeat_interleave(v.shape[2] // x.shape[2], 2) for x in (q, k))
-    return naive_recurrent_gated_delta_rule(q, k, v, beta, g, None, initial_state, output_final_state)
+    o, state = naive_recurrent_gated_delta_rule(q, k, v, beta, g, None, initial_state, output_final_state)
+    return o.to(v.dtype), state
 
 
 def gla(q, k, v, gk=None, g=None, initial_state=None, output_final_state=False):

@@ -145,9 +145,15 @@ print("chosen {}, tried {}".format(*chosen()))
 @pytest.mark.slow
 @pytest.mark.skipif(not list(metadata.distributions(name="fla-core")), reason="needs flash-linear-attention")
 def test_converted_hosts_round_as_their_hosts_on_a_gpu():
+    wrong = []
     for name, host in report("--device", "cuda")["hosts"].items():
         for kind in IMPORTANCE:
-            for what, error in host[kind]["errors"].items():
-                assert error < 2 * host["rounding"][what] + 1e-2, (name, kind, what)
-            assert host[kind]["slope"] > 1e-5
-            assert max(host[kind]["cache"].values()) < 5e-2, (name, kind)
+            here = host[kind]
+            pairs = [(x, what, 2 * host["rounding"][what] + 1e-2) for what, x in here["errors"].items()]
+            pairs += [
+                (x, f"float32 {what}", SHARP if what == "gradient" else 1e-4) for what, x in here["float32"].items()
+            ]
+            pairs += [(x, f"cache {what}", 5e-2) for what, x in here["cache"].items()]
+            wrong += [(name, kind, what, found, bound) for found, what, bound in pairs if not found < bound]
+            assert here["slope"] > 1e-5
+    assert wrong == []
