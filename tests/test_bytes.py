@@ -346,8 +346,7 @@ def test_the_rate_is_chosen_by_the_mean_and_the_spread_is_shown(tmp_path):
 
 
 def test_sentences_follow_from_the_numbers(tmp_path):
-    records = [*RECORDS, made("transformer", 2.2, seed=2)]
-    page = section(records, tmp_path)
+    page = section([*RECORDS, made("transformer", 2.2, seed=2)], tmp_path)
     assert "- Bits per byte: Palimpsa below Transformer in 1 of 2 seeds: 2.200 ± 0.283 against 2.350 ± 0.212.\n" in page
     assert "- Bits a byte saved where a name comes again: Transformer 1.18, Palimpsa 1.10.\n" in page
     assert "- Fewer than 3 seeds: 2 of the 2 rows.\n" in page
@@ -356,9 +355,6 @@ def test_sentences_follow_from_the_numbers(tmp_path):
         in page
     )
     assert "names. 4 runs one after the other, 0.1 minutes in all." in page
-    assert "cost more bits" not in page
-    records[0]["positions"] = [{**p, "bits": 2.0 + p["from"] / 100} for p in records[0]["positions"]]
-    assert "of a window cost more bits than earlier ones: Palimpsa (" in section(records, tmp_path)
 
 
 def test_a_text_without_repeats_is_shown(tmp_path):

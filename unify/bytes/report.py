@@ -16,8 +16,6 @@ from unify.mqar.report import ENOUGH, PAIRS, compare, name
 from .measure import CUE, LETTERS
 from .run import MODELS, Run
 
-WORSE = 0.02  # bits a byte
-
 
 @dataclass(frozen=True)
 class Standing:
@@ -118,7 +116,8 @@ def _explained() -> str:
         f"*Names* are identifiers of {LETTERS} letters and more that the training text does not hold. Of a name, the bytes after its\n"
         f"first {CUE} are scored, where it occurs *again* in the same window and where the same name came *first*: what again is\n"
         "better than first is recall from the context (with what a longer context before it is worth). Distance is from the\n"
-        "occurrence before, start to start, in bytes."
+        "occurrence before, start to start, in bytes. Later bytes of a window are harder by themselves, as many windows begin where\n"
+        "their file does: compare models at a position, not positions."
     )
 
 
@@ -177,21 +176,11 @@ def _found(found: list[Standing]) -> list[str]:
 
 
 def _left(found: list[Standing]) -> list[str]:
-    """Few seeds, short training, and contexts that make a model worse."""
+    """Few seeds, short training."""
     few = sum(len(s.records) < ENOUGH for s in found)
     out = [f"Fewer than {ENOUGH} seeds: {few} of the {len(found)} rows."] if few else []
     run, record = found[0].run, found[0].records[0]
     out.append(f"Training was short: {run.tokens / record['parameters']:.1f} bytes a parameter.")
-    worse = []
-    for s in found:
-        *before, last = (mean(r["positions"][n]["bits"] for r in s.records) for n in range(len(record["positions"])))
-        if before and last > min(before) + WORSE:
-            worse.append(f"{s.label} ({min(before):.3f} to {last:.3f})")
-    if worse:
-        last = record["positions"][-1]
-        out.append(
-            f"Bytes {last['from']} to {last['to'] - 1} of a window cost more bits than earlier ones: {', '.join(worse)}."
-        )
     return out
 
 
