@@ -155,5 +155,7 @@ def test_converted_hosts_round_as_their_hosts_on_a_gpu():
             ]
             pairs += [(x, f"cache {what}", 5e-2) for what, x in here["cache"].items()]
             wrong += [(name, kind, what, found, bound) for found, what, bound in pairs if not found < bound]
-            assert here["slope"] > 1e-5
+            wrong += [(name, kind, "slope", here["slope"], 1e-5)] if not here["slope"] > 1e-5 else []
+        if wrong and wrong[-1][0] == name:
+            wrong.append((name, "the host in bfloat16 on plain torch", host["on doubles"]))
     assert wrong == []

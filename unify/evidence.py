@@ -32,7 +32,7 @@ def recall(records: Records, folder: Path) -> str:
 
     found = standings(records)
     captions = {
-        "mqar": "Accuracy against the length trained on, the state, the parameters and the flops of a token.",
+        "mqar": "Accuracy, as log odds, against the length trained on, the state, the parameters and the flops of a token.",
         "mqar_curves": "Accuracy while training, at each model's best rate; a thin line a seed.",
         "mqar_longer": "Accuracy on sequences longer than those trained on.",
         "mqar_overwritten": "Accuracy where keys are bound a second time, and the later value is asked for.",

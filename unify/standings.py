@@ -352,7 +352,8 @@ def _decode(record: Mapping):
         _plain(axis)
     ratio.minorticks_off()
     ratio.set_xticks(BATCHES, [str(b) for b in BATCHES])
-    time.legend(frameon=False, fontsize=8)
+    handles = time.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
     return figure
 
 

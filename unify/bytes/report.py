@@ -116,7 +116,7 @@ def _explained() -> str:
         f"*Names* are identifiers of {LETTERS} letters and more that the training text does not hold. Of a name, the bytes after its\n"
         f"first {CUE} are scored, where it occurs *again* in the same window and where the same name came *first*: what again is\n"
         "better than first is recall from the context (with what a longer context before it is worth). Distance is from the\n"
-        "occurrence before, start to start, in bytes. Later bytes of a window are harder by themselves, as many windows begin where\n"
+        "occurrence before, start to start, in bytes. Early bytes of a window are easier by themselves, as many windows begin where\n"
         "their file does: compare models at a position, not positions."
     )
 

@@ -182,14 +182,13 @@ def comparisons(found: list[Standing]) -> list[tuple[str, int, int]]:
     for group in dict.fromkeys((s.task, s.match, s.sizes) for s in found):
         for one, other in PAIRS:
             a, b = (at.get((model, *group)) for model in (one, other))
-            if a and (b := b or _as_large(a, other, at)):
-                values = dict(zip(a.seeds, a.accuracies, strict=True)), b.rates.get(a.lr, {})
-                if a.match == b.match:
-                    values = values[0], dict(zip(b.seeds, b.accuracies, strict=True))
-                if not set(values[0]) & set(values[1]):
-                    continue
-                said, *counts = compare(name(one), name(other), *values)
-                said += _at_equal_rates(a, b) if a.match == b.match else ""
+            if not a or not (b := b or _as_large(a, other, at)):
+                continue
+            alike = a.match == b.match
+            mine, theirs = a.rates[a.lr], b.rates.get(b.lr if alike else a.lr, {})
+            if set(mine) & set(theirs):
+                said, *counts = compare(name(one), name(other), mine, theirs)
+                said += _at_equal_rates(a, b) if alike else ""
                 match = "" if a.match == "none" else f", equal {a.match}"
                 out.append((f"{a.task}, {a.steps:,} steps{match}: {said}", *counts))
     return out
