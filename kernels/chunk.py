@@ -113,6 +113,15 @@ def split_dot(a, S, SPLIT: tl.constexpr, DT: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
+def wide_dot(a, b, SPLIT: tl.constexpr, DT: tl.constexpr, ACC: tl.constexpr):
+    """a b; SPLIT: both are wider than DT, and enter as such sums; what is left out is the product of the two rests."""
+    out = split_dot(a, b, SPLIT, DT, ACC)
+    if SPLIT:
+        out += dot(a - a.to(DT).to(a.dtype), b, DT, ACC)
+    return out
+
+
+@triton.jit
 def weight(x, ACC: tl.constexpr):
     """exp of a sum of log decays; of padding rows, whose differences can be positive, something finite."""
     return tl.exp(tl.minimum(x, 0.0).to(ACC))

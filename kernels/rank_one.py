@@ -20,21 +20,22 @@ import triton.language as tl
 from torch import Tensor
 
 from unify.kernels import chunk
-from unify.kernels.chunk import dot, far, load, locate, near, store
+from unify.kernels.chunk import dot, far, load, locate, near, split_dot, store, wide_dot
 from unify.kernels.direct import direct
 from unify.kernels.operator import operator
 
 
 @direct
 @triton.jit
-def _invert(A, inverse, offsets, N, H, C: tl.constexpr, ACC: tl.constexpr):
+def _invert(A, inverse, offsets, N, H, C: tl.constexpr, DT: tl.constexpr, ACC: tl.constexpr):
     """(1 + A)^-1 of strictly lower triangular scores, [tokens, H, C], C = 64.
 
     Block substitution: with the blocks of m tokens on the diagonal inverted, those of 2 m follow by filling in the corner
     below, [[P, 0], [B, Q]]^-1 = [[P^-1, 0], [-Q^-1 B P^-1, Q^-1]]. Up to m = 16 all corners of a level at once, in four
-    squares of 16: X <- X - X B X; then two corners of 16, then one of 32. In full precision, and so small that no tensor core
-    is faster.
+    squares of 16: X <- X - X B X; then two corners of 16, then one of 32. Scores in DT are multiplied as they are, all else as
+    the sum of what DT holds and of the rest.
     """
+    SPLIT: tl.constexpr = DT != ACC
     start, end = locate(tl.program_id(0), offsets, N, C)
     if start >= end:
         return
@@ -46,14 +47,14 @@ def _invert(A, inverse, offsets, N, H, C: tl.constexpr, ACC: tl.constexpr):
     X = tl.where(i == j, 1.0, tl.where((i ^ j) == 1, -lower, 0.0)).to(ACC)
     for level in range(1, 4):
         B = tl.where(((i >> level) ^ (j >> level)) == 1, lower, 0.0)
-        X -= dot(X, dot(B, X, ACC, ACC), ACC, ACC)
+        X -= wide_dot(X, split_dot(B, X, SPLIT, DT, ACC), SPLIT, DT, ACC)
 
     two = tl.arange(0, 2)[:, None, None]
     row, column = two * 32 + 16 + i, two * 32 + j
     B = tl.load(A + base + row * (H * C) + column, mask=row < n, other=0.0).to(ACC)
     halves, which = tl.reshape(X, [2, 2, 16, 16]), tl.arange(0, 2)[None, :, None, None]
     P, Q = tl.sum(tl.where(which == 0, halves, 0.0), 1), tl.sum(tl.where(which == 1, halves, 0.0), 1)
-    corner = -dot(Q, dot(B, P, ACC, ACC), ACC, ACC)
+    corner = -wide_dot(Q, split_dot(B, P, SPLIT, DT, ACC), SPLIT, DT, ACC)
 
     down, right = tl.arange(0, 2)[None, :, None, None, None], tl.arange(0, 2)[None, None, None, :, None]
     diagonal, left = tl.reshape(X, [2, 2, 16, 1, 16]), tl.reshape(corner, [2, 1, 16, 1, 16])
@@ -63,7 +64,7 @@ def _invert(A, inverse, offsets, N, H, C: tl.constexpr, ACC: tl.constexpr):
     i, j = tl.arange(0, 32)[:, None], tl.arange(0, 32)[None, :]
     below = base + (32 + i) * (H * C) + j
     B = tl.load(A + below, mask=32 + i < n, other=0.0).to(ACC)
-    corner = -dot(Q, dot(B, P, ACC, ACC), ACC, ACC)
+    corner = -wide_dot(Q, split_dot(B, P, SPLIT, DT, ACC), SPLIT, DT, ACC)
 
     out = inverse.dtype.element_ty
     row, column = two * 32 + i[None, :, :], two * 32 + j[None, :, :]
@@ -106,7 +107,9 @@ def _mix(
 
 def _inverse(at: chunk.Layout, A: Tensor) -> Tensor:
     out = torch.empty_like(A)
-    _invert[at.slots, at.H](A, out, at.offsets, at.N, at.H, chunk.C, chunk.TYPES[at.wide], num_warps=2)
+    split = at.work == torch.bfloat16  # tensor cores, one warp
+    types = chunk.TYPES[at.work], chunk.TYPES[at.wide]
+    _invert[at.slots, at.H](A, out, at.offsets, at.N, at.H, chunk.C, *types, num_warps=1 if split else 2)
     return out
 
 
