@@ -26,6 +26,7 @@ from unify.kernels.tile import solve
 
 TYPES = {
     "b16": np.uint16,
+    "u16": np.uint16,
     "bf16": np.uint16,
     "f32": np.float32,
     "s32": np.int32,
@@ -141,7 +142,9 @@ class Block:
             return self.move(name, rest, given, kind, where)
         if name in ("mma", "ldmatrix"):
             return self.multiply(given) if name == "mma" else self.matrices(rest, given)
-        if name == "mov" and len(given) == 3 and given[0].startswith("%rs"):  # a word taken apart
+        if (
+            name == "mov" and len(given) == 3 and given[0].startswith(("%rs", "_"))
+        ):  # a word taken apart, perhaps one half of it
             word = self.value(given[2], np.uint32)
             self.put(given[0], (word & 0xFFFF).astype(np.uint16), where)
             return self.put(given[1], (word >> 16).astype(np.uint16), where)
