@@ -96,10 +96,11 @@ class ContextParallel:
         previous, last = _Tails.apply(self.group, x[:, x.shape[1] - count :])
         return (previous if dist.get_rank(self.group) else previous + start), last
 
-    def lengths(self, x: Tensor) -> tuple[int, int]:
-        """How many tokens lie in the pieces before this one, and in all."""
-        found = [int(n) for (n,) in gather([torch.tensor(x.shape[1], device=x.device)], self.group)]
-        return sum(found[: dist.get_rank(self.group)]), sum(found)
+    def lengths(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """How many tokens lie in the pieces before this one, and in all; beside x, whose device need not wait for them."""
+        here = torch.full((), x.shape[1], dtype=torch.int64, device=x.device)
+        found = torch.stack([n for (n,) in gather([here], self.group)])
+        return found[: dist.get_rank(self.group)].sum(), found.sum()
 
 
 def context_parallel(op: Op, group: Any = None) -> ContextParallel:
