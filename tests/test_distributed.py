@@ -358,6 +358,16 @@ def test_what_a_piece_does_is_cheap_to_find(name, monkeypatch):
     assert moved <= ALLOWED_TRAFFIC[name], traffic.bytes.most_common()
 
 
+@pytest.mark.parametrize("name", ALLOWED_TRAFFIC)
+def test_the_arguments_alone_are_kept_for_the_gradient(name):
+    op, x = halved(name, 70, 2, 4, 6)
+    kept, own = [], {y.requires_grad_().data_ptr() for y in x.values()}
+    with torch.autograd.graph.saved_tensors_hooks(lambda y: kept.append(y.data_ptr()), lambda _: None):
+        effect(op, carries(op.recurrence, op.structure), x)
+    assert kept
+    assert own.issuperset(kept)
+
+
 def test_traffic_is_counted():
     x = torch.zeros(3, 4, dtype=torch.bfloat16)
     with Traffic() as traffic:
