@@ -56,7 +56,7 @@ def adjoint(
     f, c = f + gate, c + gate
     u = load_row(bonus + h * K, j, K, KFULL).to(ACC) if BONUS else 0.0
     grown = load_gate(f, 0, H, K, j, WIDE) * 0.0 + 1.0
-    for t in tl.range(0, n, loop_unroll_factor=2):
+    for t in range(0, n):
         row, value = t * (H * 4 * K), t * (H * V)
         flag, ft = tl.load(flags + t * H), load_gate(f, t, H, K, j, WIDE)
         qt, wt = load_row(rows + row + 3 * K, j, K, KFULL), load_row(d_o + value, i, V, VFULL).to(ACC)
