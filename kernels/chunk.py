@@ -537,8 +537,9 @@ def _pass(S, sums, pieces, K, V, X, STEP: tl.constexpr, BLOCK: tl.constexpr, ACC
 @direct
 @triton.jit
 def _read(
-    key, S, A1, x1, A2, x2, G, out, offsets, c0, c1, c2, N, H, K, V,
+    key, S, A1, x1, A2, x2, G, out, offsets, c0, c1, c2, N, H, K, V, span,
     GATE: tl.constexpr, BACK: tl.constexpr, TWO: tl.constexpr, BEFORE: tl.constexpr, BEFORE2: tl.constexpr, SPLIT: tl.constexpr,
+    WHOLE: tl.constexpr,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """out = c0 key S + c1 A1 x1 (+ c2 A2 x2): decayed reads of the state at the chunk's start and of the chunk's own writes.
@@ -547,37 +548,46 @@ def _read(
     With one decay a head key comes as it is, and in place of the scores what it meets, writes or if BACK reads [tokens, H, K].
     SPLIT: see `split_dot`.
     """
-    blocks = tl.cdiv(V, BV)
-    slot, v0, h = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BV, tl.program_id(1)
+    blocks = tl.cdiv(V, span)
+    slot, v0, h = tl.program_id(0) // blocks, tl.program_id(0) % blocks * span, tl.program_id(1)
     start, end = locate(slot, offsets, N, C)
     if start >= end:
         return
-    acc, first, second = tl.zeros([C, BV], ACC), tl.zeros([C, C], ACC), tl.zeros([C, C], ACC)
-    for k0 in range(0, K, BK):
-        at, inside = matrix_at(S, slot * H + h, K, V, k0, v0, BK, BV)
-        keys = load(key, start, end, h, H, K, k0, C, BK)
-        acc += split_dot(keys, tl.load(at, mask=inside, other=0.0), SPLIT, DT, ACC)
-        if GATE == HEAD:
+    if GATE == HEAD:
+        first, second = tl.zeros([C, C], ACC), tl.zeros([C, C], ACC)
+        for k0 in range(0, K, BK):
+            keys = load(key, start, end, h, H, K, k0, C, BK)
             first += dot(keys, tl.trans(load(A1, start, end, h, H, K, k0, C, BK)), DT, ACC)
             if TWO:
                 second += dot(keys, tl.trans(load(A2, start, end, h, H, K, k0, C, BK)), DT, ACC)
-    if GATE == HEAD:
-        acc *= far(G, start, end, h, H, C, ACC) if BACK else near(G, start, end, h, H, BEFORE, C, ACC)
-        pairs = first * between(G, start, end, h, H, BEFORE, BACK, C, ACC)
+        decay = far(G, start, end, h, H, C, ACC) if BACK else near(G, start, end, h, H, BEFORE, C, ACC)
+        first *= between(G, start, end, h, H, BEFORE, BACK, C, ACC)
+        if TWO:
+            second *= between(G, start, end, h, H, BEFORE2, BACK, C, ACC)
     else:
-        pairs = load(A1, start, end, h, H, C, 0, C, C)
-        if BACK:
-            pairs = tl.trans(pairs)
-    acc = c0 * acc + c1 * dot(pairs, load(x1, start, end, h, H, V, v0, C, BV), DT, ACC)
-    if TWO:
-        if GATE == HEAD:
-            pairs = second * between(G, start, end, h, H, BEFORE2, BACK, C, ACC)
+        first = load(A1, start, end, h, H, C, 0, C, C)
+        first = tl.trans(first) if BACK else first
+        if TWO:
+            second = load(A2, start, end, h, H, C, 0, C, C)
+            second = tl.trans(second) if BACK else second
+    if WHOLE:
+        keys = load(key, start, end, h, H, K, 0, C, BK)
+    for v in range(v0, tl.minimum(v0 + span, V), BV):
+        if WHOLE:
+            at, inside = matrix_at(S, slot * H + h, K, V, 0, v, BK, BV)
+            acc = split_dot(keys, tl.load(at, mask=inside, other=0.0), SPLIT, DT, ACC)
         else:
-            pairs = load(A2, start, end, h, H, C, 0, C, C)
-            if BACK:
-                pairs = tl.trans(pairs)
-        acc += c2 * dot(pairs, load(x2, start, end, h, H, V, v0, C, BV), DT, ACC)
-    store(out, acc, start, end, h, H, V, v0, C, BV)
+            acc = tl.zeros([C, BV], ACC)
+            for k0 in range(0, K, BK):
+                at, inside = matrix_at(S, slot * H + h, K, V, k0, v, BK, BV)
+                keys = load(key, start, end, h, H, K, k0, C, BK)
+                acc += split_dot(keys, tl.load(at, mask=inside, other=0.0), SPLIT, DT, ACC)
+        if GATE == HEAD:
+            acc *= decay
+        acc = c0 * acc + c1 * dot(first, load(x1, start, end, h, H, V, v, C, BV), DT, ACC)
+        if TWO:
+            acc += c2 * dot(second, load(x2, start, end, h, H, V, v, C, BV), DT, ACC)
+        store(out, acc, start, end, h, H, V, v, C, BV)
 
 
 @triton.jit
@@ -985,15 +995,21 @@ def strided(*states: Tensor) -> tuple[Tensor | int, ...]:
     return *states, *strides[:2]
 
 
+def width(at: Layout, BV: int) -> int:
+    """Value channels of a program that reads: all, so that scores are made once, where chunks and heads alone fill the chip."""
+    return at.V if at.slots * at.H >= FULL else BV
+
+
 def read(
     at: Layout, G: Tensor, key: Tensor, S: Tensor, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor] | None, out: Tensor,
     factors: tuple[float, float, float], before: tuple[bool, bool], back: bool = False,
 ) -> Tensor:  # fmt: skip
     """out = c0 key S + c1 A1 x1 (+ c2 A2 x2), scores transposed if `back`; first, second: (A, x); before: of the reads of each."""
     BK, BV, launch = at.tile("read", at.K, at.V)
-    _read[at.slots * blocks(at.V, BV), at.H](
-        key, S, *first, *(second or first), G, out, at.offsets, *factors, at.N, at.H, at.K, at.V,
-        at.gate, back, second is not None, *before, S.dtype != at.work, BK=BK, BV=BV, **launch,
+    span = width(at, BV)
+    _read[at.slots * blocks(at.V, span), at.H](
+        key, S, *first, *(second or first), G, out, at.offsets, *factors, at.N, at.H, at.K, at.V, span,
+        at.gate, back, second is not None, *before, S.dtype != at.work, at.K <= BK, BK=BK, BV=BV, **launch,
     )  # fmt: skip
     return out
 
