@@ -133,7 +133,7 @@ def _mixed(
     """A x and c A y, or c A (second y); decay: of x, done here with one decay a head, already done with one per channel."""
     X, Y = x.shape[-1], y.shape[-1]
     out, out2 = at.empty(x, *x.shape), at.empty(y, *y.shape)
-    BX, _, launch = at.tile("mix", max(X, Y), Y)
+    BX, _, launch = at.tile("mix" if max(X, Y) > 64 else "mix of a block", max(X, Y), Y)
     decay = decay.value if at.gate == chunk.HEAD.value else NONE.value
     _mix[at.slots, at.H](
         A, x, out, A if second is None else second, y, out2, G, at.offsets, c, at.N, at.H, X, Y, decay, back, second is not None,
