@@ -437,7 +437,7 @@ def read(
     o += ((tile // NV * tokens + start) * heads + head) * (SUMS * V)
     u = load_row(bonus + h * K, j, K, KFULL).to(ACC) if BONUS else 0.0
     grown = load_gate(f, 0, H, K, j, WIDE) * 0.0 + 1.0
-    for t in tl.range(0, n, loop_unroll_factor=2):
+    for t in range(0, n):
         row = t * (H * 3 * K)
         qt = load_row(rows + row + 2 * K, j, K, KFULL)
         kt, st, vt, bt = load_write(rows + row, v + t * (H * V), b + t * (H * V), j, i, K, V, KFULL, VFULL, ACC)
