@@ -113,6 +113,15 @@ def split_dot(a, S, SPLIT: tl.constexpr, DT: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
+def wide_dot(a, b, SPLIT: tl.constexpr, DT: tl.constexpr, ACC: tl.constexpr):
+    """a b; SPLIT: both are wider than DT, and enter as such sums; what is left out is the product of the two rests."""
+    out = split_dot(a, b, SPLIT, DT, ACC)
+    if SPLIT:
+        out += dot(a - a.to(DT).to(a.dtype), b, DT, ACC)
+    return out
+
+
+@triton.jit
 def weight(x, ACC: tl.constexpr):
     """exp of a sum of log decays; of padding rows, whose differences can be positive, something finite."""
     return tl.exp(tl.minimum(x, 0.0).to(ACC))
@@ -528,8 +537,9 @@ def _pass(S, sums, pieces, K, V, X, STEP: tl.constexpr, BLOCK: tl.constexpr, ACC
 @direct
 @triton.jit
 def _read(
-    key, S, A1, x1, A2, x2, G, out, offsets, c0, c1, c2, N, H, K, V,
+    key, S, A1, x1, A2, x2, G, out, offsets, c0, c1, c2, N, H, K, V, span,
     GATE: tl.constexpr, BACK: tl.constexpr, TWO: tl.constexpr, BEFORE: tl.constexpr, BEFORE2: tl.constexpr, SPLIT: tl.constexpr,
+    WHOLE: tl.constexpr,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """out = c0 key S + c1 A1 x1 (+ c2 A2 x2): decayed reads of the state at the chunk's start and of the chunk's own writes.
@@ -538,37 +548,46 @@ def _read(
     With one decay a head key comes as it is, and in place of the scores what it meets, writes or if BACK reads [tokens, H, K].
     SPLIT: see `split_dot`.
     """
-    blocks = tl.cdiv(V, BV)
-    slot, v0, h = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BV, tl.program_id(1)
+    blocks = tl.cdiv(V, span)
+    slot, v0, h = tl.program_id(0) // blocks, tl.program_id(0) % blocks * span, tl.program_id(1)
     start, end = locate(slot, offsets, N, C)
     if start >= end:
         return
-    acc, first, second = tl.zeros([C, BV], ACC), tl.zeros([C, C], ACC), tl.zeros([C, C], ACC)
-    for k0 in range(0, K, BK):
-        at, inside = matrix_at(S, slot * H + h, K, V, k0, v0, BK, BV)
-        keys = load(key, start, end, h, H, K, k0, C, BK)
-        acc += split_dot(keys, tl.load(at, mask=inside, other=0.0), SPLIT, DT, ACC)
-        if GATE == HEAD:
+    if GATE == HEAD:
+        first, second = tl.zeros([C, C], ACC), tl.zeros([C, C], ACC)
+        for k0 in range(0, K, BK):
+            keys = load(key, start, end, h, H, K, k0, C, BK)
             first += dot(keys, tl.trans(load(A1, start, end, h, H, K, k0, C, BK)), DT, ACC)
             if TWO:
                 second += dot(keys, tl.trans(load(A2, start, end, h, H, K, k0, C, BK)), DT, ACC)
-    if GATE == HEAD:
-        acc *= far(G, start, end, h, H, C, ACC) if BACK else near(G, start, end, h, H, BEFORE, C, ACC)
-        pairs = first * between(G, start, end, h, H, BEFORE, BACK, C, ACC)
+        decay = far(G, start, end, h, H, C, ACC) if BACK else near(G, start, end, h, H, BEFORE, C, ACC)
+        first *= between(G, start, end, h, H, BEFORE, BACK, C, ACC)
+        if TWO:
+            second *= between(G, start, end, h, H, BEFORE2, BACK, C, ACC)
     else:
-        pairs = load(A1, start, end, h, H, C, 0, C, C)
-        if BACK:
-            pairs = tl.trans(pairs)
-    acc = c0 * acc + c1 * dot(pairs, load(x1, start, end, h, H, V, v0, C, BV), DT, ACC)
-    if TWO:
-        if GATE == HEAD:
-            pairs = second * between(G, start, end, h, H, BEFORE2, BACK, C, ACC)
+        first = load(A1, start, end, h, H, C, 0, C, C)
+        first = tl.trans(first) if BACK else first
+        if TWO:
+            second = load(A2, start, end, h, H, C, 0, C, C)
+            second = tl.trans(second) if BACK else second
+    if WHOLE:
+        keys = load(key, start, end, h, H, K, 0, C, BK)
+    for v in range(v0, tl.minimum(v0 + span, V), BV):
+        if WHOLE:
+            at, inside = matrix_at(S, slot * H + h, K, V, 0, v, BK, BV)
+            acc = split_dot(keys, tl.load(at, mask=inside, other=0.0), SPLIT, DT, ACC)
         else:
-            pairs = load(A2, start, end, h, H, C, 0, C, C)
-            if BACK:
-                pairs = tl.trans(pairs)
-        acc += c2 * dot(pairs, load(x2, start, end, h, H, V, v0, C, BV), DT, ACC)
-    store(out, acc, start, end, h, H, V, v0, C, BV)
+            acc = tl.zeros([C, BV], ACC)
+            for k0 in range(0, K, BK):
+                at, inside = matrix_at(S, slot * H + h, K, V, k0, v, BK, BV)
+                keys = load(key, start, end, h, H, K, k0, C, BK)
+                acc += split_dot(keys, tl.load(at, mask=inside, other=0.0), SPLIT, DT, ACC)
+        if GATE == HEAD:
+            acc *= decay
+        acc = c0 * acc + c1 * dot(first, load(x1, start, end, h, H, V, v, C, BV), DT, ACC)
+        if TWO:
+            acc += c2 * dot(second, load(x2, start, end, h, H, V, v, C, BV), DT, ACC)
+        store(out, acc, start, end, h, H, V, v, C, BV)
 
 
 @triton.jit
@@ -743,16 +762,17 @@ TILES = {
     "rank walk few": (0, 16, 4, 3),  # 201 / 593, backward 415 / 1007; of many short sequences, V = 48, 52, 32x4 61
     "rank walk back": (0, 64, 8, 2),  # with a decay per channel, backward: 231, as 32x4 381
     "rank walk tall": (0, 16, 8, 1),  # K > 128, for want of shared memory
-    "read": (64, 64, 4, 2),  # 3 stages 70 / 102, 32x64x4 75 / 107, 32x128x4 87 / 104; on an H100 105 / 157, 107 / 159
+    "read": (128, 64, 4, 2),  # 71 / 109; 64x64 91 / 145, 128x32 99 / 138, 3 stages 77 / 120, 8 warps 87 / 135, 128 registers 71 / 112
     "head grads": (64, 64, 4, 2),  # 188 / 329; 32x64x4 172 / 365, 32x64x8 234 / 521
     "channel grads": (32, 128, 4, 2),  # 434 / 1026; 32x64x4 477 / 1172, 64x64x8 556 / 1016
     "channel grads of two": (16, 64, 4, 3),  # 797 / 1820; 2 stages 835 / 1860, 64x64x8 1314 / 2429, 32x64x8 979 / 2355
-    "mix": (128, 64, 4, 3),  # 19 / 43; 64x64x4 27 / 50
+    "mix": (64, 64, 4, 3),  # 50 / 84; 128x64 56 / 92, 1 stage 54 / 89, 32x64 54 / 100, 16x64 71 / 117
+    "mix of a block": (64, 64, 4, 1),  # of many short sequences 47; 3 stages 50
     "solve": (0, 32, 4, 1),  # all key channels, and tokens: - / 893; 64x8 1007, 16x4 1031, 32x8 1057, 64x4 1951
     "solve exact": (0, 32, 8, 1),  # float32: 16 tokens, for want of registers
 }
 # A thread's at most, for bfloat16: a multiprocessor holds 16 and 21 programs of the scores, four of the read.
-REGISTERS = {"channel scores of two": 128, "channel scores": 96, "read": 128}
+REGISTERS = {"channel scores of two": 128, "channel scores": 96, "read": 168}
 BUSY = 128  # programs of a walk below which much of the chip idles: there sequences are walked in pieces,
 FULL = 640  # at most so many programs: five fit on each of 132 multiprocessors, and more would wait for these
 SHORTEST = 8  # chunks of a piece, on average
@@ -976,15 +996,21 @@ def strided(*states: Tensor) -> tuple[Tensor | int, ...]:
     return *states, *strides[:2]
 
 
+def width(at: Layout, BV: int) -> int:
+    """Value channels of a program that reads: all, so that scores are made once, where chunks and heads alone fill the chip."""
+    return at.V if at.slots * at.H >= FULL else BV
+
+
 def read(
     at: Layout, G: Tensor, key: Tensor, S: Tensor, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor] | None, out: Tensor,
     factors: tuple[float, float, float], before: tuple[bool, bool], back: bool = False,
 ) -> Tensor:  # fmt: skip
     """out = c0 key S + c1 A1 x1 (+ c2 A2 x2), scores transposed if `back`; first, second: (A, x); before: of the reads of each."""
     BK, BV, launch = at.tile("read", at.K, at.V)
-    _read[at.slots * blocks(at.V, BV), at.H](
-        key, S, *first, *(second or first), G, out, at.offsets, *factors, at.N, at.H, at.K, at.V,
-        at.gate, back, second is not None, *before, S.dtype != at.work, BK=BK, BV=BV, **launch,
+    span = width(at, BV)
+    _read[at.slots * blocks(at.V, span), at.H](
+        key, S, *first, *(second or first), G, out, at.offsets, *factors, at.N, at.H, at.K, at.V, span,
+        at.gate, back, second is not None, *before, S.dtype != at.work, at.K <= BK, BK=BK, BV=BV, **launch,
     )  # fmt: skip
     return out
 

@@ -185,7 +185,7 @@ def coefficients_backward(
     at.buffers |= {f"d_c_{x.name}_ptr": y.contiguous() for x, y in zip(at.spec.outputs, d_outputs, strict=True)}
     for x, total, starts in zip(small, kept[: len(small)], kept[len(small) :], strict=True):
         at.buffers |= {f"{x.name}_total_ptr": total, f"{x.name}_start_ptr": starts}
-        at.buffers[f"{x.name}_found_ptr"] = at.new(x.dims, at.batch * at.length, at.H)
+        at.buffers[f"{x.name}_found_ptr"] = at.new(x.dims, at.batch * at.length, at.H, dtype=dtype)
         at.buffers[f"d_{x.name}_gain_ptr"] = torch.empty_like(starts)
     at.run("contribute")
     d_starts = [at.carry(x, d_end, True) for x, d_end in zip(small, d_ends, strict=True)]

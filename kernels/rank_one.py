@@ -20,21 +20,22 @@ import triton.language as tl
 from torch import Tensor
 
 from unify.kernels import chunk
-from unify.kernels.chunk import dot, far, load, locate, near, store
+from unify.kernels.chunk import dot, far, load, locate, near, split_dot, store, wide_dot
 from unify.kernels.direct import direct
 from unify.kernels.operator import operator
 
 
 @direct
 @triton.jit
-def _invert(A, inverse, offsets, N, H, C: tl.constexpr, ACC: tl.constexpr):
+def _invert(A, inverse, offsets, N, H, C: tl.constexpr, DT: tl.constexpr, ACC: tl.constexpr):
     """(1 + A)^-1 of strictly lower triangular scores, [tokens, H, C], C = 64.
 
     Block substitution: with the blocks of m tokens on the diagonal inverted, those of 2 m follow by filling in the corner
     below, [[P, 0], [B, Q]]^-1 = [[P^-1, 0], [-Q^-1 B P^-1, Q^-1]]. Up to m = 16 all corners of a level at once, in four
-    squares of 16: X <- X - X B X; then two corners of 16, then one of 32. In full precision, and so small that no tensor core
-    is faster.
+    squares of 16: X <- X - X B X; then two corners of 16, then one of 32. Scores in DT are multiplied as they are, all else as
+    the sum of what DT holds and of the rest.
     """
+    SPLIT: tl.constexpr = DT != ACC
     start, end = locate(tl.program_id(0), offsets, N, C)
     if start >= end:
         return
@@ -46,14 +47,14 @@ def _invert(A, inverse, offsets, N, H, C: tl.constexpr, ACC: tl.constexpr):
     X = tl.where(i == j, 1.0, tl.where((i ^ j) == 1, -lower, 0.0)).to(ACC)
     for level in range(1, 4):
         B = tl.where(((i >> level) ^ (j >> level)) == 1, lower, 0.0)
-        X -= dot(X, dot(B, X, ACC, ACC), ACC, ACC)
+        X -= wide_dot(X, split_dot(B, X, SPLIT, DT, ACC), SPLIT, DT, ACC)
 
     two = tl.arange(0, 2)[:, None, None]
     row, column = two * 32 + 16 + i, two * 32 + j
     B = tl.load(A + base + row * (H * C) + column, mask=row < n, other=0.0).to(ACC)
     halves, which = tl.reshape(X, [2, 2, 16, 16]), tl.arange(0, 2)[None, :, None, None]
     P, Q = tl.sum(tl.where(which == 0, halves, 0.0), 1), tl.sum(tl.where(which == 1, halves, 0.0), 1)
-    corner = -dot(Q, dot(B, P, ACC, ACC), ACC, ACC)
+    corner = -wide_dot(Q, split_dot(B, P, SPLIT, DT, ACC), SPLIT, DT, ACC)
 
     down, right = tl.arange(0, 2)[None, :, None, None, None], tl.arange(0, 2)[None, None, None, :, None]
     diagonal, left = tl.reshape(X, [2, 2, 16, 1, 16]), tl.reshape(corner, [2, 1, 16, 1, 16])
@@ -63,7 +64,7 @@ def _invert(A, inverse, offsets, N, H, C: tl.constexpr, ACC: tl.constexpr):
     i, j = tl.arange(0, 32)[:, None], tl.arange(0, 32)[None, :]
     below = base + (32 + i) * (H * C) + j
     B = tl.load(A + below, mask=32 + i < n, other=0.0).to(ACC)
-    corner = -dot(Q, dot(B, P, ACC, ACC), ACC, ACC)
+    corner = -wide_dot(Q, split_dot(B, P, SPLIT, DT, ACC), SPLIT, DT, ACC)
 
     out = inverse.dtype.element_ty
     row, column = two * 32 + i[None, :, :], two * 32 + j[None, :, :]
@@ -79,34 +80,44 @@ NONE, NEAR, FAR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 @direct
 @triton.jit
 def _mix(
-    A, second, x, G, out, offsets, c, N, H, X,
+    A, x, out, second, y, out2, G, offsets, c, N, H, X, Y,
     DECAY: tl.constexpr, BACK: tl.constexpr, TWO: tl.constexpr,
     C: tl.constexpr, BX: tl.constexpr, DT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """out = c A x, or c A (second x) if TWO; A and second transposed if BACK; x: [tokens, H, X].
+    """out = A x and out2 = c A y, or c A (second y) if TWO; A and second transposed if BACK; x: [tokens, H, X], y: [tokens, H, Y].
 
     DECAY: by one decay a head, x decays from its chunk's start (NEAR, reads before their token's update) or to its end (FAR).
     """
-    blocks = tl.cdiv(X, BX)
-    slot, x0, h = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BX, tl.program_id(1)
-    start, end = locate(slot, offsets, N, C)
+    start, end = locate(tl.program_id(0), offsets, N, C)
     if start >= end:
         return
-    rows = load(x, start, end, h, H, X, x0, C, BX)
+    h = tl.program_id(1)
+    outer = load(A, start, end, h, H, C, 0, C, C)
+    outer = tl.trans(outer) if BACK else outer
     if DECAY == NEAR:
-        rows = rows * near(G, start, end, h, H, True, C, ACC)
+        decay = near(G, start, end, h, H, True, C, ACC)
     elif DECAY == FAR:
-        rows = rows * far(G, start, end, h, H, C, ACC)
+        decay = far(G, start, end, h, H, C, ACC)
+    for x0 in range(0, X, BX):
+        rows = load(x, start, end, h, H, X, x0, C, BX)
+        if DECAY != NONE:
+            rows = rows * decay
+        store(out, dot(outer, rows, DT, ACC), start, end, h, H, X, x0, C, BX)
     if TWO:
         inner = load(second, start, end, h, H, C, 0, C, C)
-        rows = dot(tl.trans(inner) if BACK else inner, rows, DT, ACC)
-    outer = load(A, start, end, h, H, C, 0, C, C)
-    store(out, c * dot(tl.trans(outer) if BACK else outer, rows, DT, ACC), start, end, h, H, X, x0, C, BX)
+        inner = tl.trans(inner) if BACK else inner
+    for y0 in range(0, Y, BX):
+        rows = load(y, start, end, h, H, Y, y0, C, BX)
+        if TWO:
+            rows = dot(inner, rows, DT, ACC)
+        store(out2, c * dot(outer, rows, DT, ACC), start, end, h, H, Y, y0, C, BX)
 
 
 def _inverse(at: chunk.Layout, A: Tensor) -> Tensor:
     out = torch.empty_like(A)
-    _invert[at.slots, at.H](A, out, at.offsets, at.N, at.H, chunk.C, chunk.TYPES[at.wide], num_warps=2)
+    split = at.work == torch.bfloat16  # tensor cores, one warp
+    types = chunk.TYPES[at.work], chunk.TYPES[at.wide]
+    _invert[at.slots, at.H](A, out, at.offsets, at.N, at.H, chunk.C, *types, num_warps=1 if split else 2)
     return out
 
 
@@ -116,19 +127,19 @@ def _scored(kept: Tensor | None, at: chunk.Layout, read: Tensor, written: Tensor
 
 
 def _mixed(
-    at: chunk.Layout, G: Tensor, x: Tensor, A: Tensor, second: Tensor | None = None, c: float = 1.0, decay: tl.constexpr = NONE,
+    at: chunk.Layout, G: Tensor, A: Tensor, x: Tensor, decay: tl.constexpr, y: Tensor, second: Tensor | None = None, c: float = 1.0,
     back: bool = False,
-) -> Tensor:  # fmt: skip
-    """A x, or A (second x); decay: of x, done here with one decay a head, already done with one per channel."""
-    X = x.shape[-1]
-    out = at.empty(x, *x.shape)
-    BX, _, launch = at.tile("mix", X, X)
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """A x and c A y, or c A (second y); decay: of x, done here with one decay a head, already done with one per channel."""
+    X, Y = x.shape[-1], y.shape[-1]
+    out, out2 = at.empty(x, *x.shape), at.empty(y, *y.shape)
+    BX, _, launch = at.tile("mix" if max(X, Y) > 64 else "mix of a block", max(X, Y), Y)
     decay = decay.value if at.gate == chunk.HEAD.value else NONE.value
-    _mix[at.slots * chunk.blocks(X, BX), at.H](
-        A, A if second is None else second, x, G, out, at.offsets, c, at.N, at.H, X, decay, back, second is not None,
+    _mix[at.slots, at.H](
+        A, x, out, A if second is None else second, y, out2, G, at.offsets, c, at.N, at.H, X, Y, decay, back, second is not None,
         BX=BX, **launch,
     )  # fmt: skip
-    return out
+    return out, out2
 
 
 @operator("rank_one")
@@ -142,15 +153,15 @@ def _forward(
     G, o = chunk.cumulate(at, g), torch.empty_like(v, dtype=q.dtype)
     qw, rw, q_near, r_near, w_far = chunk.pairs(at, q, r, w, G, before)
     T = _inverse(at, _scored(rw, at, r, w, G, True))
-    x = _mixed(at, G, chunk.either(r_near, r), T, decay=NEAR)
+    reads = T, chunk.either(r_near, r), NEAR
     written, met = chunk.either(w_far, w), chunk.either(qw, w)
     if shared:
-        S, last, u = chunk.walk(at, G, s0, (x, _mixed(at, G, v, T), written), None)
+        S, last, u = chunk.walk(at, G, s0, (*_mixed(at, G, *reads, v), written), None)
         pairs, (qk, rk, k_far) = ((met, u), None), (None, None, None)
     else:
         qk, rk, _, _, k_far = chunk.pairs(at, q, r, k, G, before, near=False)
-        z = _mixed(at, G, v, T, _scored(rk, at, r, k, G, True), -1.0)
-        S, last, u = chunk.walk(at, G, s0, (x, z, written), (chunk.either(k_far, k), v))
+        rank = (*_mixed(at, G, *reads, v, _scored(rk, at, r, k, G, True), -1.0), written)
+        S, last, u = chunk.walk(at, G, s0, rank, (chunk.either(k_far, k), v))
         pairs = (met, u), (chunk.either(qk, k), v)
     chunk.read(at, G, chunk.either(q_near, q), S, *pairs, o, (scale, scale, scale), (before, before))
     return [o, last, G, S, T, u, *chunk.kept(qw, q_near, r_near, w_far, qk, rk, k_far)]
@@ -176,9 +187,8 @@ def _backward(
     G, S, T, u, *pairs = kept
     qw, q_near, r_near, w_far, qk, rk, k_far = *pairs, *(None,) * (7 - len(pairs))
     at = chunk.layout(q, v, g, offsets)
-    x = _mixed(at, G, chunk.either(w_far, w), T, decay=FAR, back=True)
-    z = _mixed(at, G, do, T, _scored(qw, at, q, w, G, before), scale, back=True)
-    rank, added = (x, z, chunk.either(r_near, r)), (chunk.either(q_near, q), do)
+    mixed = _mixed(at, G, T, chunk.either(w_far, w), FAR, do, _scored(qw, at, q, w, G, before), scale, back=True)
+    rank, added = (*mixed, chunk.either(r_near, r)), (chunk.either(q_near, q), do)
     D, d_start, du = chunk.walk(at, G, d_last, rank, added, scale, reverse=True, before=before)
     reads, writes = [(q, do), (r, du)], [(w, u)]
     if shared:

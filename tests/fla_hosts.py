@@ -73,6 +73,7 @@ HOSTS = {
 }  # fmt: skip
 IMPORTANCE = ("key", "diagonal")
 FAULTS = ("an importance that is not zero", "a state whose halves are exchanged", "sequences that begin a token late")
+STEEP = "a gradient of keys a fifth too large"
 
 
 def build(name: str, device: str):
@@ -155,9 +156,20 @@ def error(found, expected) -> float:
     return ((found.float() - expected.float()).abs().max() / expected.float().abs().max()).item()
 
 
-def compare(found: dict, expected: dict) -> dict[str, float]:
+def typical(found, expected) -> float:
+    """What errors of rows, each as a part of the largest number expected of it, stay below in three rows of four.
+
+    The largest error of a gradient in half precision says little of kernels: RetNet's on plain torch is 0.02 to 1.3 in ten draws
+    of weights a thousandth apart, because few rows are badly conditioned; three rows of four stay below 0.040 to 0.051.
+    """
+    found, expected = found.float(), expected.float()
+    largest = expected.abs().amax(1)
+    return ((found - expected).abs().amax(1) / largest)[largest > 0].quantile(0.75).item()
+
+
+def compare(found: dict, expected: dict, gradient=error) -> dict[str, float]:
     """The error of everything said."""
-    return {name: error(found[name], expected[name]) for name in found}
+    return {name: (gradient if name == "gradient" else error)(found[name], expected[name]) for name in found}
 
 
 def scales(model) -> list:
@@ -201,14 +213,13 @@ def examine(name: str, device: str) -> dict:
             report[kind]["float32"] = compare(run(model), expected)
             unmetaplastic(model)
         host, model = host.bfloat16(), model.bfloat16()
-        report["rounding"] = compare(run(host), expected)
-        with doubles().installed():  # another draw of the same: how much one rounding differs from the next
-            report["on doubles"] = compare(run(host), expected)
+        report["rounding"] = compare(run(host), expected, typical)
     with torch.no_grad():
         own = model(ids, use_cache=False).logits
+    gradient = error if device == "cpu" else typical
     for kind in IMPORTANCE:
         metaplastic(model, kind, train="all", quiet=True)
-        report[kind] |= {"errors": compare(run(model), expected), "slope": slope(model), **far(model)}
+        report[kind] |= {"errors": compare(run(model), expected, gradient), "slope": slope(model), **far(model)}
         unmetaplastic(model)
     with torch.no_grad():
         report["taken back"] = error(model(ids, use_cache=False).logits, own)
@@ -221,6 +232,9 @@ def planted(model, fault: str):
     memory = Adapter._memory
 
     def wrong(self, *args, cu_seqlens=None, **options):
+        if fault == STEEP:
+            seen, q, k, *args = args
+            args = seen, q, k + 0.2 * (k - k.detach()), *args
         if fault == FAULTS[2] and cu_seqlens is not None and cu_seqlens.diff().max() > 1:
             cu_seqlens = torch.cat([cu_seqlens[:1], cu_seqlens[1:-1] + 1, cu_seqlens[-1:]])
         o, state = memory(self, *args, cu_seqlens=cu_seqlens, **options)
@@ -243,6 +257,19 @@ def faults(name: str) -> dict[str, dict[str, float]]:
     for fault in FAULTS:
         with planted(model, fault):
             report[fault] = compare(run(model, train=False), expected)
+    return report
+
+
+def halves(name: str) -> dict[str, float]:
+    """The gradient of a host in bfloat16: its own error, converted, and converted with a fault."""
+    model = build(name, "cpu")
+    expected, report = run(model)["gradient"], {}
+    model = model.bfloat16()
+    report["host"] = typical(run(model)["gradient"], expected)
+    metaplastic(model, "diagonal", train="all", quiet=True)
+    report["converted"] = typical(run(model)["gradient"], expected)
+    with planted(model, STEEP):
+        report["wrong"] = typical(run(model)["gradient"], expected)
     return report
 
 
@@ -332,7 +359,7 @@ def main() -> None:
     report["strangers"] = strangers()
     with doubles().installed() if device == "cpu" else contextlib.nullcontext():
         if device == "cpu":
-            report["faults"] = faults("gla")
+            report |= {"faults": faults("gla"), "halves": {name: halves(name) for name in ("gla", "retnet")}}
         report["hosts"] = {name: examine(name, device) for name in hosts}
     print(json.dumps(report))
 

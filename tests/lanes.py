@@ -1,6 +1,6 @@
 """Runs a kernel compiled for a Hopper GPU lane by lane, without one: Triton's interpreter has one copy of a vector, a GPU's lanes many.
 
-python tests/lanes.py    solves squares with `tile.solve`: prints the worst relative error by K as JSON
+python tests/lanes.py    solves squares with `tile.solve`, inverts scores with `rank_one._invert`: the worst relative errors as JSON
 
 Run as a process of its own, because the test session's kernels are interpreted. It knows as much of PTX as these kernels use. All
 warps go in step, so what a missing barrier does is not seen; lanes that part at a branch are an error. Of lanes that store different
@@ -21,9 +21,13 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from unify.kernels.rank_one import _invert
 from unify.kernels.tile import solve
 
 TYPES = {
+    "b16": np.uint16,
+    "u16": np.uint16,
+    "bf16": np.uint16,
     "f32": np.float32,
     "s32": np.int32,
     "s64": np.int64,
@@ -59,6 +63,33 @@ DO = {
     "shl": lambda a, n: a << n.astype(a.dtype), "shr": lambda a, n: a >> n.astype(a.dtype),
     "bfe": lambda a, at, n: a << (32 - at - n) >> (32 - n),  # of 32 bits
 }  # fmt: skip
+
+
+def rounded(x: np.ndarray) -> np.ndarray:
+    """float32 -> the bits of the nearest bfloat16."""
+    bits = x.view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def widened(bits: np.ndarray) -> np.ndarray:
+    """The bits of a bfloat16 -> float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def permuted(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
+    """Bytes of the words b, a as the selector's four digits say; their eighth bits, which would repeat a sign, are not known here."""
+    assert not (selector & 0x8888).any()
+    both = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
+    picked = [
+        (both >> (8 * (selector.astype(np.uint64) >> np.uint64(4 * n) & np.uint64(7)))) & np.uint64(255)
+        for n in range(4)
+    ]
+    return sum(x << np.uint64(8 * n) for n, x in enumerate(picked)).astype(np.uint32)
+
+
+def pairs(words: np.ndarray) -> np.ndarray:
+    """Two bfloat16 a word, the lower half first."""
+    return widened(np.stack([words & 0xFFFF, words >> 16], -1))
 
 
 class Block:
@@ -109,7 +140,29 @@ class Block:
         kind = TYPES.get(rest[-1], np.uint32)
         if name in ("ld", "st"):
             return self.move(name, rest, given, kind, where)
-        if name == "shfl":
+        if name in ("mma", "ldmatrix"):
+            return self.multiply(given) if name == "mma" else self.matrices(rest, given)
+        if (
+            name == "mov" and len(given) == 3 and given[0].startswith(("%rs", "_"))
+        ):  # a word taken apart, perhaps one half of it
+            word = self.value(given[2], np.uint32)
+            self.put(given[0], (word & 0xFFFF).astype(np.uint16), where)
+            return self.put(given[1], (word >> 16).astype(np.uint16), where)
+        if name == "mov" and len(given) == 3:
+            low, high = (self.value(x, np.uint16).astype(np.uint32) for x in given[1:])
+            x = low | high << 16
+        elif name == "prmt":
+            x = permuted(*(self.value(y, np.uint32) for y in given[1:]))
+        elif name == "cvt" and "bf16x2" in rest:
+            high, low = (rounded(self.value(y, np.float32)).astype(np.uint32) for y in given[1:])
+            x = low | high << 16
+        elif name == "cvt" and "bf16" in rest:
+            x = (
+                widened(self.value(given[1], np.uint16))
+                if rest[-1] == "bf16"
+                else rounded(self.value(given[1], np.float32))
+            )
+        elif name == "shfl":
             other = self.value(given[2], np.int32)
             x = self.value(given[1], np.uint32)[self.lane ^ other if rest[1] == "bfly" else self.lane & ~31 | other]
         elif name == "cvt":
@@ -126,6 +179,33 @@ class Block:
             shift = name in ("shl", "shr")
             x = DO[name](*(self.value(y, np.uint32 if shift and n else kind) for n, y in enumerate(given[1:])))
         return self.put(given[0], x, where)
+
+    def multiply(self, given: list[str]) -> None:
+        """m16n8k16 of bfloat16, sums in float32: lane 4 g + t holds rows g and g + 8, columns 2 t, 2 t + 1 and 8 on."""
+        g, t = self.lane // 4, self.lane % 4 * 2
+        A, B, C = (np.zeros((len(self.lane) // 32, *shape), np.float32) for shape in ((16, 16), (16, 8), (16, 8)))
+        warp, row = self.lane // 32, g % 8
+        for n in range(4):
+            word = pairs(self.value(given[4 + n], np.uint32))
+            for half in range(2):
+                A[warp, row + 8 * (n % 2), t + half + 8 * (n // 2)] = word[:, half]
+                if n < 2:
+                    B[warp, t + half + 8 * n, row] = pairs(self.value(given[8 + n], np.uint32))[:, half]
+            C[warp, row + 8 * (n // 2), t + n % 2] = self.value(given[10 + n], np.float32)
+        D = (A.astype(np.float64) @ B + C).astype(np.float32)
+        for n in range(4):
+            self.put(given[n], D[warp, row + 8 * (n // 2), t + n % 2], True)
+
+    def matrices(self, rest: list[str], given: list[str]) -> None:
+        """Squares of 8 from shared memory, the rows of square n at the addresses of lanes 8 n on."""
+        count = int(rest[3][1:])
+        base = self.value(given[count], np.uint64).astype(np.int64) + (int(given[-1]) if len(given) > count + 1 else 0)
+        for n in range(count):
+            at = base.reshape(-1, 32)[:, 8 * n : 8 * n + 8]  # of each warp
+            squares = self.memory[at[..., None] + np.arange(16)].view(np.uint16)  # [warp, row, column]
+            squares = squares.swapaxes(1, 2) if "trans" in rest else squares
+            words = np.ascontiguousarray(squares).view(np.uint32)  # [warp, row, 4]
+            self.put(given[n], words.reshape(-1), True)
 
     def move(self, name: str, rest: list[str], given: list[str], kind: type, where) -> None:
         """Loads and stores, of arguments too."""
@@ -178,6 +258,35 @@ def worst(K: int, warps: int, seeds: int = 8) -> float:
     return float(np.max(errors))
 
 
+def inverse(n: int, seeds: int = 2) -> float:
+    """The largest error of `_invert` on bfloat16 scores of n tokens, as a part of the largest entry, before it is rounded."""
+    names = "A inverse offsets N H C DT ACC".split()
+    types = dict(zip(names, ("*bf16", "*fp32", "*i64", "i32", "i32", *3 * ("constexpr",)), strict=True))
+    source = ASTSource(
+        _invert.kernel,
+        types,
+        {(5,): 64, (6,): tl.bfloat16, (7,): tl.float32},
+        {(x,): [["tt.divisibility", 16]] for x in range(3)},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1})
+    errors = []
+    for seed in range(seeds):
+        keys = np.random.default_rng(seed).normal(size=(n, 12))
+        keys /= np.linalg.norm(keys, axis=1, keepdims=True)
+        bits = np.zeros((n, 64), np.uint16)
+        bits[:, :n] = rounded(np.tril(1.8 * keys @ keys.T, -1).astype(np.float32))
+        block = Block(compiled.asm["ptx"], 1, [0, SPACE // 8, SPACE // 4, 1, 1])
+        block.memory[: bits.nbytes] = bits.reshape(-1).view(np.uint8)
+        block.memory[SPACE // 4 :][:16] = np.array([0, n]).view(np.uint8)
+        found = block.run()[SPACE // 8 :][: 4 * 64 * n].view(np.float32).reshape(n, 64)[:, :n]
+        wanted = np.linalg.inv(np.eye(n) + widened(bits)[:, :n].astype(np.float64))
+        errors.append(np.abs(found - wanted).max() / np.abs(wanted).max())
+    return float(np.max(errors))
+
+
 if __name__ == "__main__":
     with np.errstate(all="ignore"):
-        print(json.dumps({K: worst(K, warps) for K, warps in ((3, 2), (12, 2), (20, 2), (40, 4))}))
+        print(json.dumps({
+            "solve": {K: worst(K, warps) for K, warps in ((3, 2), (12, 2), (20, 2), (40, 4))},
+            "inverse": {n: inverse(n) for n in (64, 37)},
+        }))  # fmt: skip

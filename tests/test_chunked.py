@@ -119,6 +119,18 @@ def test_decayed_sum(T, dims, gate):
 
 
 @pytest.mark.parametrize("T", LENGTHS)
+@pytest.mark.parametrize("chunk", [4, 64])
+def test_later(T, chunk):
+    torch.manual_seed(T)
+
+    def slow(g):
+        after = [g[:, t + 1 :].sum(1) for t in range(T)]
+        return torch.stack(after, 1), g.sum(1)
+
+    agree(lambda g: chunked.later(g, chunk), slow, {"g": gates(B, T, K)})
+
+
+@pytest.mark.parametrize("T", LENGTHS)
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("chunk", [16, 24])
 def test_boundary_states(T, wide, chunk):

@@ -77,6 +77,17 @@ def test_a_host_converted_wrongly_is_seen(found, fault):
     assert seen == dict(zip(FAULTS, (set(errors), decoding, decoding | padded), strict=True))[fault]
 
 
+def allowed(what: str, rounding: float) -> float:
+    """How far from the host in float32 a converted host may be in half precision, where the host itself is `rounding` from it."""
+    return 1.5 * rounding if what == "gradient" else 2 * rounding + 1e-2
+
+
+@pytest.mark.parametrize("name", ["gla", "retnet"])
+def test_a_wrong_gradient_is_told_from_rounding(found, name):
+    here = found["halves"][name]
+    assert here["converted"] < allowed("gradient", here["host"]) < here["wrong"]
+
+
 def test_wrong_groups_are_seen(found):
     """fla's torch path pairs heads with other groups than its kernels and transformers do, which is why it is no oracle."""
     assert {name for name, host in found["hosts"].items() if host["host"] > 1e-2} == {
@@ -149,13 +160,11 @@ def test_converted_hosts_round_as_their_hosts_on_a_gpu():
     for name, host in report("--device", "cuda")["hosts"].items():
         for kind in IMPORTANCE:
             here = host[kind]
-            pairs = [(x, what, 2 * host["rounding"][what] + 1e-2) for what, x in here["errors"].items()]
+            pairs = [(x, what, allowed(what, host["rounding"][what])) for what, x in here["errors"].items()]
             pairs += [
                 (x, f"float32 {what}", SHARP if what == "gradient" else 1e-4) for what, x in here["float32"].items()
             ]
             pairs += [(x, f"cache {what}", 5e-2) for what, x in here["cache"].items()]
             wrong += [(name, kind, what, found, bound) for found, what, bound in pairs if not found < bound]
             wrong += [(name, kind, "slope", here["slope"], 1e-5)] if not here["slope"] > 1e-5 else []
-        if wrong and wrong[-1][0] == name:
-            wrong.append((name, "the host in bfloat16 on plain torch", host["on doubles"]))
-    assert wrong == []
+    assert not wrong, json.dumps(wrong)

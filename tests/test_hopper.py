@@ -74,9 +74,11 @@ def test_sums_that_steps_are_made_of_are_equal_in_every_lane(kernels):
     assert seen
 
 
-def test_a_square_is_solved_as_compiled(tmp_path):
+def test_squares_are_solved_and_inverted_as_compiled(tmp_path):
     """Lane by lane: lanes whose copies of a sum differ by its rounding made the steps of 8 to 32 channels grow until they were NaN."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     errors = alone("lanes.py", environment)
-    assert len(errors) == 4
-    assert all(error < 1e-6 for error in errors.values()), errors
+    assert len(errors["solve"]) == 4
+    assert all(error < 1e-6 for error in errors["solve"].values()), errors
+    assert len(errors["inverse"]) == 2
+    assert all(error < 1e-4 for error in errors["inverse"].values()), errors  # bfloat16 alone: 1e-2

@@ -104,6 +104,15 @@ def compare(offsets, B, H, K, V, dtype, channels, before, kind="mixed", device="
     agree(got, want, NAMES, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("K", [17, 40], ids=["keys at once", "keys in blocks"])
+@pytest.mark.parametrize("channels", [False, True], ids=["head", "channel"])
+def test_a_program_may_read_all_value_channels(poisoned, monkeypatch, channels, K):
+    monkeypatch.setattr(chunk, "width", lambda at, BV: at.V)
+    compare([0, 1, 67], 1, 1, K, 75, torch.float32, channels, False)
+    monkeypatch.setattr(chunk, "width", lambda at, BV: 2 * BV)  # two blocks, then one
+    compare([0, 1, 67], 1, 1, K, 75, torch.float32, channels, True)
+
+
 @pytest.mark.parametrize("before", [False, True], ids=["after", "before"])
 @pytest.mark.parametrize("channels", [False, True], ids=["head", "channel"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

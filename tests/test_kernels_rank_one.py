@@ -11,6 +11,8 @@ if not torch.cuda.is_available():
 
 pytest.importorskip("triton")
 
+import triton.language as tl
+
 from unify.kernels import rank_one as kernels
 from unify.kernels.rank_one import rank_one
 
@@ -111,6 +113,29 @@ def test_nothing_erased_is_the_linear_family():
     want = linear(x["q"], x["k"], x["v"], x["g"], x["s0"], at, scale=SCALE)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_scores_in_half_precision_are_inverted_as_sums_of_two(split):
+    """In float16, as the interpreter multiplies no bfloat16; that the rests matter is shown by leaving out what they add."""
+    H, lengths = 2, (64, 37)
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    keys = torch.nn.functional.normalize(
+        torch.randn(sum(lengths), H, 8, generator=torch.Generator().manual_seed(3)), dim=-1
+    )
+    A, found = torch.zeros(sum(lengths), H, 64, dtype=torch.float16), torch.full((sum(lengths), H, 64), torch.nan)
+    for start, end in pairwise(offsets.tolist()):
+        k = keys[start:end].transpose(0, 1)
+        A[start:end, :, : end - start] = (1.8 * k @ k.mT).tril(-1).half().transpose(0, 1)
+    types = (tl.float16, tl.float32) if split else (tl.float16, tl.float16)
+    kernels._invert[2, H](A, found, offsets, 2, H, 64, *types, num_warps=1)
+    worst = 0.0
+    for start, end in pairwise(offsets.tolist()):
+        one = A[start:end, :, : end - start].double().transpose(0, 1)
+        wanted = torch.linalg.inv(torch.eye(end - start) + one)
+        mine = found[start:end, :, : end - start].double().transpose(0, 1)
+        worst = max(worst, ((mine - wanted).abs().max() / wanted.abs().max()).item())
+    assert worst < 2e-6 if split else worst > 2e-4
 
 
 def test_inverse_of_scores_with_large_entries():

@@ -28,8 +28,9 @@ class Carry:
     """One token's effect on one state.
 
     decays: log decays by the channels they have, () or (j,) or (j, i) ...; the state's log decay is their sum.
-    writes: products, each one factor for every channel of the state, that add up to what is written; None where a decay
-        or a write does not factor so, and only a run from zero tells.
+    writes: products, each a factor without channels and one for every channel of the state, that add up to what is
+        written; None where a write does not factor so or a decay has other channels than the state's first, and only a
+        run from zero tells.
     rest: what the state decays to, or 0.
     """
 
@@ -100,18 +101,18 @@ def _carry(name: str, dims: tuple, decay: sp.Expr, terms: tuple, rest: sp.Expr) 
     for x in sp.Add.make_args(log_of(decay)):
         logs[channels(x)] += x
     writes = tuple(_factors(x, dims) for x in terms if x != 0)
-    apart = len(dims) < 3 and None not in writes and all(len(where) < 2 for where in logs)
+    apart = len(dims) < 3 and None not in writes and all(where in ((), dims[:1]) for where in logs)
     return Carry(name, dims, tuple(logs.items()), writes if apart else None, rest)
 
 
 def _factors(term: sp.Expr, dims: tuple) -> tuple[sp.Expr, ...] | None:
-    """A product as one factor for each channel (the first takes what has none), or None."""
-    out = dict.fromkeys(dims or (None,), sp.S.One)
+    """A product as a factor without channels and one for each channel, or None."""
+    out = dict.fromkeys((None, *dims), sp.S.One)
     for x in sp.Mul.make_args(sp.factor(term)):
         where = channels(x)
         if len(where) > 1:
             return None
-        out[where[0] if where else next(iter(out))] *= x
+        out[where[0] if where else None] *= x
     return tuple(out.values())
 
 

@@ -15,9 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial, reduce
+from math import gcd
 from pathlib import Path
 from typing import Any
 
+import sympy as sp
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -28,6 +31,7 @@ from .carry import Carry, carries
 from .errors import UnifyError
 from .lower import chunked, parallel
 from .op import Op, compile, uncast
+from .symbols import name_of
 
 
 @dataclass(frozen=True)
@@ -81,9 +85,7 @@ class ContextParallel:
         with uncast(q.device.type):
             if dist.get_rank(self.group) == 0:
                 start = self.op._initial(initial, inputs, sizes["B"], sizes, _wide(self.op, q))
-            # the arguments alone are kept for the gradient
-            found = checkpoint(effect, self.op, self.carries, inputs, use_reentrant=False, preserve_rng_state=False)
-            return _Exchange.apply(self.group, final, *found, *start)
+            return _Exchange.apply(self.group, final, *effect(self.op, self.carries, inputs), *start)
 
     def before(self, x: Tensor, count: int, start: Tensor) -> tuple[Tensor, Tensor]:
         """The `count` rows of x [B, T, C] before this piece (`start` [B, count, C] before the first), and the very last.
@@ -96,10 +98,11 @@ class ContextParallel:
         previous, last = _Tails.apply(self.group, x[:, x.shape[1] - count :])
         return (previous if dist.get_rank(self.group) else previous + start), last
 
-    def lengths(self, x: Tensor) -> tuple[int, int]:
-        """How many tokens lie in the pieces before this one, and in all."""
-        found = [int(n) for (n,) in gather([torch.tensor(x.shape[1], device=x.device)], self.group)]
-        return sum(found[: dist.get_rank(self.group)]), sum(found)
+    def lengths(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """How many tokens lie in the pieces before this one, and in all; beside x, whose device need not wait for them."""
+        here = torch.full((), x.shape[1], dtype=torch.int64, device=x.device)
+        found = torch.stack([n for (n,) in gather([here], self.group)])
+        return found[: dist.get_rank(self.group)].sum(), found.sum()
 
 
 def context_parallel(op: Op, group: Any = None) -> ContextParallel:
@@ -130,28 +133,39 @@ def check_group(places: Any) -> None:
 
 
 def effect(op: Op, carried: tuple[Carry, ...], inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    """What a piece does to each state: (*G, *W), X' = exp(G) X + W.
+    """What a piece does to each state: (*G, *W), X' = exp(G) X + W. For the gradient the arguments alone are kept.
 
     G: broadcastable to the state [B, H, ...], summed log decay; W: [B, H, ...], the state after the piece from zero.
     Both in at least float32.
     """
-    inputs = {name: x.to(_wide(op, inputs["q"])) for name, x in inputs.items()}
-    request = parallel.Request(op.recurrence, op.structure, {}, {}, False, None, None)
-    seq = parallel.Sequence(request, inputs, (None,) * len(carried), 1.0, parallel.Chunked())
-    total = [_total(seq, x) for x in carried]
-    if all(x.writes is not None for x in carried):
-        return (*total, *(_written(seq, x, g) for x, g in zip(carried, total, strict=True)))
-    zero = tuple(_zero(seq, x) for x in carried)
-    return (*total, *op(**inputs, initial_state=zero, output_final_state=True)[-1])
+    if not all(x.writes for x in carried):
+        return checkpoint(_from_zero, op, carried, inputs, use_reentrant=False, preserve_rng_state=False)
+    found = _Effect.apply(partial(_terms, op, carried, tuple(inputs)), *inputs.values())
+    found = [y.flatten(1 + len(x.dims)) for x, y in zip((*carried, *carried), found, strict=True)]
+    for n, (x, g) in enumerate(zip(carried, found, strict=False), len(carried)):
+        if x.rest != 0:
+            found[n] = found[n] - torch.expm1(g) * _sequence(op, inputs).value(x.rest, x.dims)
+    return tuple(found)
 
 
 def _wide(op: Op, q: Tensor) -> torch.dtype:
     return torch.float64 if op.backend == "reference" or q.dtype == torch.float64 else torch.float32
 
 
-def _zero(seq: parallel.Sequence, x: Carry) -> Tensor:
-    B, _, H = seq.shape[:3]
-    return seq.raw["q"].new_zeros(B, H, *seq.sizes(x.dims))
+def _sequence(op: Op, inputs: dict[str, Tensor]) -> parallel.Sequence:
+    """What expressions of a piece's arguments are evaluated by, in `_wide`."""
+    if _wide(op, inputs["q"]) == torch.float64:
+        inputs = {name: x.double() for name, x in inputs.items()}
+    request = parallel.Request(op.recurrence, op.structure, {}, {}, False, None, None)
+    return parallel.Sequence(request, inputs, (None,) * len(op.recurrence.states), 1.0, parallel.Chunked())
+
+
+def _from_zero(op: Op, carried: tuple[Carry, ...], inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """`effect` where only a run tells."""
+    inputs = {name: x.to(_wide(op, inputs["q"])) for name, x in inputs.items()}
+    seq, (B, _, H, _) = _sequence(op, inputs), inputs["q"].shape
+    zero = tuple(inputs["q"].new_zeros(B, H, *seq.sizes(x.dims)) for x in carried)
+    return (*(_total(seq, x) for x in carried), *op(**inputs, initial_state=zero, output_final_state=True)[-1])
 
 
 def _total(seq: parallel.Sequence, x: Carry) -> Tensor:
@@ -163,31 +177,98 @@ def _total(seq: parallel.Sequence, x: Carry) -> Tensor:
     return total.expand(seq.shape[0], seq.shape[2], *total.shape[2:])
 
 
-def _written(seq: parallel.Sequence, x: Carry, total: Tensor) -> Tensor:
-    """The state after the piece, from zero: each write decayed by what comes after it, summed by a matrix product."""
-    sides = [(d,) for d in x.dims] or [()]
-    if x.writes:
-        weights = [_weight(seq, x, side, first=n == 0) for n, side in enumerate(sides)]
-        factors = [
-            torch.cat([_rows(seq, term[n], side) * weights[n] for term in x.writes], 2) for n, side in enumerate(sides)
-        ]
-        out = factors[0].mT @ factors[1] if len(sides) == 2 else factors[0].sum(2)
-        out = out if x.dims else out[..., 0]
-    else:
-        out = _zero(seq, x)
-    return out if x.rest == 0 else out - torch.expm1(total) * seq.value(x.rest, x.dims)
+def _terms(op: Op, carried: tuple[Carry, ...], names: tuple[str, ...], *given: Tensor) -> tuple[list, list]:
+    """Every state's log decay [B, H, 1 or K, 1]; and what is written to each, as the (w, x, y) of several `_outer`."""
+    seq = _sequence(op, dict(zip(names, given, strict=True)))
+    decays = {g: _decay(seq, g) for g in dict.fromkeys(x.decays for x in carried)}
+
+    def rows(expr: Any, where: Any) -> Tensor:
+        alone = isinstance(expr, sp.Indexed) and name_of(expr) in seq.raw  # an argument, in its own type
+        return seq.raw[name_of(expr)].expand(*seq.shape[:3], -1) if alone else seq.full(expr, (where,))
+
+    def term(state: Carry, factor: Any, *sides: Any) -> tuple[Tensor, Tensor, Tensor]:
+        kept, _ = decays[state.decays]
+        w = kept if factor == 1 else kept * seq.full(factor, ())[..., None]
+        found = map(rows, sides, state.dims)
+        ones = [w.new_ones(1).expand(*seq.shape[:3], 1)] * (2 - len(sides))
+        x, y = (*ones, *found) if w.shape[3] == 1 else (*found, *ones)
+        return w, x, y
+
+    return [decays[x.decays][1] for x in carried], [[term(x, *write) for write in x.writes] for x in carried]
 
 
-def _weight(seq: parallel.Sequence, x: Carry, side: tuple, first: bool) -> Tensor | float:
-    """What a factor of a write keeps until the piece's end; the first one takes the decays without a channel."""
-    logs = [_rows(seq, g, where) for where, g in x.decays if where == side or (first and not where)]
-    return chunked.to_end(torch.stack(torch.broadcast_tensors(*logs)).sum(0)) if logs else 1.0
+def _decay(seq: parallel.Sequence, decays: tuple) -> tuple[Tensor, Tensor]:
+    """What is left at the piece's end of a token's writes [B, T, H, 1 or K], and the piece's log decay [B, H, 1 or K, 1]."""
+    g = reduce(torch.add, [seq.full(g, where) if where else seq.full(g, ())[..., None] for where, g in decays])
+    after, total = chunked.later(g.flatten(2).clamp(min=-1e3))  # exp of that is 0, as of -inf, and 0 times it too
+    return after.view_as(g).exp(), total.view(*g.shape[:1], *g.shape[2:], 1)
 
 
-def _rows(seq: parallel.Sequence, expr: Any, where: tuple) -> Tensor:
-    """An expression at every token, [B, H, T, channels]."""
-    x = seq.full(expr, where)
-    return (x if where else x[..., None]).transpose(1, 2)
+class _Effect(torch.autograd.Function):
+    """The arguments -> log decays, and sums of `_outer`, of `_terms`; the arguments alone are kept for the gradient."""
+
+    @staticmethod
+    def forward(ctx, terms: Callable, *given: Tensor):
+        ctx.terms = terms
+        ctx.save_for_backward(*given)
+        total, written = terms(*given)
+        return (*total, *(reduce(torch.add, [_outer(*term) for term in state]) for state in written))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor):
+        needed = ctx.needs_input_grad[1:]
+        given = [x.detach().requires_grad_(n) for x, n in zip(ctx.saved_tensors, needed, strict=True)]
+        with uncast(given[0].device.type):
+            with torch.enable_grad():
+                total, written = ctx.terms(*given)
+            pairs = list(zip(total, grads, strict=False))
+            for state, dW in zip(written, grads[len(total) :], strict=True):
+                for term in state:
+                    pairs += zip(term, _outer_backward(dW, *term), strict=True)
+            pairs = [(x, d) for x, d in pairs if x.requires_grad]
+            wanted = [x for x in given if x.requires_grad]
+            found = iter(torch.autograd.grad([x for x, _ in pairs], wanted, [d for _, d in pairs], allow_unused=True))
+        return None, *(next(found) if n else None for n in needed)
+
+
+def _narrow(w: Tensor, y: Tensor) -> bool:
+    """Whether products take y as it is: a GPU sums those of bfloat16 in float32."""
+    return y.is_cuda and (y.dtype, w.dtype) == (torch.bfloat16, torch.float32)
+
+
+def _outer(w: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """sum_t w_t x_t y_t^T [B, H, K, V] by matrix products; w: [B, T, H, 1 or K]; x: [B, T, H, K]; y: [B, T, H, V].
+
+    Beside a narrow y, w x is rounded to its type, and the error is subtracted in the same product. A product of a batch takes
+    tokens n, n + N, n + 2 N, ... of a head, some two thousand: many keep a GPU busy, and with B = 1 nothing is copied for them.
+    """
+    (B, T, H, K), narrow = x.shape, _narrow(w, y)
+    y = y if narrow else y.to(w.dtype)
+    wx = y.new_empty(B, T, H, 1 + narrow, K)
+    torch.mul(x, w, out=wx[..., 0, :])
+    if narrow:
+        torch.addcmul(wx[..., 0, :], x, w, value=-1, out=wx[..., 1, :])
+    N = gcd(T, 1 << (T // 2048 or 1).bit_length() - 1)
+    left, right = (z.unflatten(1, (-1, N)).permute(0, 2, 3, 1, 4) for z in (wx.flatten(3), y))
+    out = _matmul(left.mT, right, w.dtype).sum(1).unflatten(2, (-1, K))
+    return out[:, :, 0] - out[:, :, 1] if narrow else out[:, :, 0]
+
+
+def _outer_backward(dW: Tensor, w: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of w, x and y."""
+    rows, dtype = partial(torch.empty, x.shape, device=x.device), y.dtype if _narrow(w, y) else w.dtype
+    dW, wx = dW.to(dtype), torch.mul(x, w, out=rows(dtype=dtype))
+    dy = (wx.transpose(1, 2) @ dW).transpose(1, 2).to(y.dtype)
+    dwx = _matmul(y.to(dtype).transpose(1, 2), dW.mT, w.dtype).transpose(1, 2)
+    dw, dx = torch.mul(dwx, x, out=rows(dtype=w.dtype)), torch.mul(dwx, w, out=rows(dtype=x.dtype))
+    return dw.sum_to_size(w.shape), dx, dy
+
+
+def _matmul(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """x @ y in a type that may be wider than theirs."""
+    wider = {} if x.dtype == dtype else {"out_dtype": dtype}
+    return torch.bmm(x.flatten(0, -3), y.flatten(0, -3), **wider).view(*x.shape[:-1], -1)
 
 
 # --- what ranks exchange ----------------------------------------------------------------------------------------------

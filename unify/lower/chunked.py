@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["boundary_states", "decayed_sum", "elementwise", "linear", "rank_one", "solve"]
+__all__ = ["boundary_states", "decayed_sum", "elementwise", "later", "linear", "rank_one", "solve"]
 
 Keys, Values, Gate = Float[Tensor, "B T H K"], Float[Tensor, "B T H V"], Float[Tensor, "B T H"]
 Decay = Gate | Keys
@@ -155,6 +155,21 @@ def to_end(g: Tensor) -> Tensor:
     """exp of what a token loses until its chunk's end: the sum over later tokens; g [..., C, X]."""
     later = torch.cat((g[..., 1:, :], torch.zeros_like(g[..., :1, :])), g.ndim - 2)
     return later.flip(-2).cumsum(-2).flip(-2).exp()
+
+
+def later(g: Float[Tensor, "B T X"], chunk: int = 64) -> tuple[Float[Tensor, "B T X"], Float[Tensor, "B X"]]:
+    """g summed over the tokens after each, and over all: by products with ones in chunks, and so on over the chunks' sums.
+
+    A cumsum along T would leave a GPU with B X sums to do, each of them one token after another.
+    """
+    (B, T, X), C = g.shape, min(chunk, g.shape[1])
+    g = (F.pad(g, (0, 0, 0, -T % C)) if T % C else g).view(B, -1, C, X)
+    sums, ones = g.sum(2), torch.ones(C, C, dtype=g.dtype, device=g.device).triu_(1)
+    after = torch.bmm(ones.expand(sums[..., 0].numel(), -1, -1), g.flatten(0, 1)).view_as(g)
+    if T == C:
+        return after[:, 0], sums[:, 0]
+    beyond, total = later(sums, chunk)
+    return (after + beyond[:, :, None]).flatten(1, 2)[:, :T], total
 
 
 def boundary_states(g: Decay, k: Keys, v: Values, s0: Memory, chunk: int) -> tuple[Float[Tensor, "B N H K V"], Memory]:

@@ -385,8 +385,7 @@ class _Kernel:
 
     def together(self) -> int:
         """Of how many tokens rows are asked for at a time: as many, at 128 channels and half precision, as AHEAD is room for."""
-        wide = {x.name for x in self.line.scans}
-        wide |= {f"d_{c}" for x in self.line.outputs if not x.factor for c in x.names()}
+        wide = {f"d_{c}" for x in self.line.outputs if not x.factor for c in x.names()}
         taken = sum((4 if name in wide else 2) if dims else 1 for name, _, _, dims in self.rows)
         return max(n for n in (1, 2, 4, 8) if n == 1 or n * taken <= AHEAD)
 

@@ -24,6 +24,7 @@ MODELS = (
     "mesanet", ATTENTION,
 )  # fmt: skip
 MATCHES = ("none", "state", "parameters")
+CONVOLUTION = 4  # in every memory's layer; GLA's published one has none, and no run of it had begun to recall
 SOLVED = 0.99
 
 
@@ -115,7 +116,13 @@ def _plain(run: Run):
     more |= {"bos_token_id": None, "eos_token_id": None, "max_position_embeddings": run.task.length}
     if run.model == ATTENTION:
         return UnifyConfig(**sizes, **more, layers="full_attention", num_attention_heads=run.heads)
-    layer = {"num_heads": run.heads, "head_dim": run.head_dim, "expand_v": run.expand_v, "rank": 8}
+    layer = {
+        "num_heads": run.heads,
+        "head_dim": run.head_dim,
+        "expand_v": run.expand_v,
+        "rank": 8,
+        "conv_size": CONVOLUTION,
+    }
     if run.model == CONTROL:  # a layer's own defaults in place of what Mamba-2's chooses otherwise
         plain = {"conv_bias": False, "norm": "head", "norm_eps": 1e-6}
         return UnifyConfig(**sizes, **more, layers="mamba2", layer={**layer, **plain, **PUBLISHED["palimpsa"]})
