@@ -762,12 +762,7 @@ TILES = {
     "rank walk few": (0, 16, 4, 3),  # 201 / 593, backward 415 / 1007; of many short sequences, V = 48, 52, 32x4 61
     "rank walk back": (0, 64, 8, 2),  # with a decay per channel, backward: 231, as 32x4 381
     "rank walk tall": (0, 16, 8, 1),  # K > 128, for want of shared memory
-    "read": (
-        128,
-        64,
-        4,
-        2,
-    ),  # 71 / 109; 64x64 91 / 145, 128x32 99 / 138, 3 stages 77 / 120, 8 warps 87 / 135, 128 registers 71 / 112
+    "read": (128, 64, 4, 2),  # 70 / 108; 64x64 91 / 145, 128x32 99 / 138, 3 stages 77 / 120, 128 registers 71 / 112
     "head grads": (64, 64, 4, 2),  # 188 / 329; 32x64x4 172 / 365, 32x64x8 234 / 521
     "channel grads": (32, 128, 4, 2),  # 434 / 1026; 32x64x4 477 / 1172, 64x64x8 556 / 1016
     "channel grads of two": (16, 64, 4, 3),  # 797 / 1820; 2 stages 835 / 1860, 64x64x8 1314 / 2429, 32x64x8 979 / 2355
@@ -776,7 +771,7 @@ TILES = {
     "solve": (0, 32, 4, 1),  # all key channels, and tokens: - / 893; 64x8 1007, 16x4 1031, 32x8 1057, 64x4 1951
     "solve exact": (0, 32, 8, 1),  # float32: 16 tokens, for want of registers
 }
-# A thread's at most, for bfloat16: a multiprocessor holds 16 and 21 programs of the scores, four of the read.
+# A thread's at most, for bfloat16: a multiprocessor holds 16 and 21 programs of the scores, three of the read.
 REGISTERS = {"channel scores of two": 128, "channel scores": 96, "read": 168}
 BUSY = 128  # programs of a walk below which much of the chip idles: there sequences are walked in pieces,
 FULL = 640  # at most so many programs: five fit on each of 132 multiprocessors, and more would wait for these
