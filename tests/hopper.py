@@ -1,7 +1,8 @@
 """Compiles every kernel that some ops launch for a Hopper GPU, without one: what the compiler says about them, as JSON.
 
-python tests/hopper.py MODEL:K:V[:DTYPE] ...    each on bfloat16 arguments or of that type, forward and backward; "planted" and
-                                                "uneven" are kernels with a fault
+python tests/hopper.py MODEL:K:V[:DTYPE] ...    each on bfloat16 arguments or of that type, forward and backward, the second time with
+                                                its variance; "planted", "uneven" and "refused" are kernels with a fault
+python tests/hopper.py random:N                 what N random triples launch
 
 Run as a process of its own, because the test session's kernels are interpreted.
 """
@@ -77,33 +78,86 @@ def planted(x, y, out, N, C: tl.constexpr):
     tl.store(out + i[:, None] * C + i[None, :], total + extra[None, :])
 
 
+@triton.jit
+def refused(x, C: tl.constexpr):
+    """A product that no compiler takes."""
+    i = tl.arange(0, C)
+    tile = tl.load(x + i[:, None] * C + i[None, :])
+    tl.store(x + i[:, None] * C + i[None, :], tl.dot(tile, i[None, :]))
+
+
+def attempt(triple, K: int, V: int, dtype: str, H: int = 16) -> None:
+    """Everything an op launches, forward and backward: plainly, and with its variance; walks over whole sequences, and in pieces."""
+    from unify.device import Case, draw, run
+    from unify.kernels import chunk
+    from unify.op import compile
+
+    op, loop = compile(triple, "triton", checked=False), compile(triple, "reference")
+    x, state, offsets = draw(loop, Case((256,), H, K, V, "mixed"), torch.device("cpu"), getattr(torch, dtype), 0)
+    cut = chunk.cut
+    for pieces in (1, 3):
+        chunk.cut = lambda at, programs, pieces=pieces: pieces
+        if pieces == 1:
+            o = op(**{name: y.detach().requires_grad_() for name, y in x.items()})
+            o.backward(torch.ones_like(o))
+        else:
+            run(op, x, state, offsets, 0)
+    chunk.cut = cut
+
+
+def strangers(count: int) -> None:
+    """Random triples; one may be refused, with a word on what would work."""
+    from hypothesis import HealthCheck, Phase, given, settings
+    from hypothesis import strategies as st
+
+    from unify.errors import UnifyError
+    from unify.testing import triples
+
+    sizes = st.sampled_from([(24, 40), (96, 192), (20, 24), (256, 64), (1, 7)])
+    types = st.sampled_from(["bfloat16", "float16", "float32"])
+
+    @settings(
+        max_examples=count,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(triples(), sizes, types)
+    def attempts(triple, size, dtype):
+        try:
+            attempt(triple, *size, dtype, H=2)
+        except UnifyError as refusal:
+            if "backend='torch'" not in str(refusal):
+                raise
+
+    attempts()
+
+
 def launch(name: str) -> None:
-    """Everything a model launches: MODEL:K:V[:DTYPE], or a planted fault."""
+    """Everything a model launches: MODEL:K:V[:DTYPE], or random triples, or a planted fault."""
     if name == "uneven":
         uneven[(1,)](torch.zeros(32, 33), torch.zeros(32), 33, C=32)
         return
-    if name == "planted":
+    if name in ("planted", "refused"):
         x = torch.zeros(64, 256, dtype=torch.bfloat16)
-        planted[(1,)](x, x, torch.zeros(64, 64), 256, C=64, num_warps=4, num_stages=2)
+        if name == "planted":
+            planted[(1,)](x, x, torch.zeros(64, 64), 256, C=64, num_warps=4, num_stages=2)
+        else:
+            refused[(1,)](x, C=64)
         return
-    from unify.contest import Size, draw
-    from unify.kernels import chunk, direct, elementwise
+    from unify.kernels import direct, elementwise
     from unify.models.zoo import get
-    from unify.op import compile
 
     direct.KNOWN = 0  # every launch comes by here
     tile = elementwise._Launch.tile
     elementwise._Launch.tile = lambda self, shape: (options := tile(self, shape))[0].update(FAST=True) or options
-    model, K, V, *dtype = name.split(":")
-    op = compile(get(model).triple, "triton", checked=False)
-    given = draw(op, Size(1, 256, 16, int(K), int(V)), "cpu")
-    given = {n: x.to(getattr(torch, dtype[0]) if dtype else x.dtype).requires_grad_() for n, x in given.items()}
-    cut = chunk.cut
-    for pieces in (1, 3):  # walks over whole sequences, and in pieces
-        chunk.cut = lambda at, programs, pieces=pieces: pieces
-        o = op(**given)
-        o.backward(torch.ones_like(o))
-    chunk.cut = cut
+    model, *sizes = name.split(":")
+    if model == "random":
+        strangers(int(sizes[0]))
+    else:
+        K, V, dtype = (*sizes, "bfloat16")[:3]
+        attempt(get(model).triple, int(K), int(V), dtype)
     elementwise._Launch.tile = tile
 
 

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("triton")
 
 MODELS = "mamba2:96:192 gla:96:192 gated_deltanet:96:192 meta_gdn:128:128 mesanet:128:128 palimpsa:96:192".split()
-MODELS += ["mesanet:20:24:float32"]
+MODELS += ["mesanet:20:24:float32", "meta_gla:24:40"]
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,14 @@ def test_no_buffer_is_refilled_while_a_product_reads_it(kernels):
 def test_the_check_sees_a_load_with_two_uses(kernels):
     (early,) = (x["early"] for x in kernels if x["of"] == "planted")
     assert [name.rstrip("_0123456789") for name in early] == ["%second"]
+
+
+@pytest.mark.slow
+def test_what_random_triples_launch_compiles(tmp_path):
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "triton"), "UNIFY_CACHE": str(tmp_path / "unify")}
+    assert len(alone("hopper.py", environment, "random:6")) > 6
+    with pytest.raises(AssertionError, match="CompilationError"):
+        alone("hopper.py", environment, "refused")
 
 
 @pytest.mark.slow
