@@ -750,7 +750,7 @@ TYPES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: t
 LEVELS = C.bit_length() - 1
 
 # Blocks of key and value channels, warps and pipeline stages, for bfloat16; the rank-one walk holds all key channels.
-# Microseconds of one launch on an H200 (torch 2.11, triton 3.6) at B=2, T=4096, H=16, K=96, V=192 / B=1, T=32768, H=8,
+# Microseconds of one launch on an H200 (torch 2.11, Triton 3.6 or 3.7) at B=2, T=4096, H=16, K=96, V=192 / B=1, T=32768, H=8,
 # K=V=128, and what else was tried, as blocks x warps:
 TILES = {
     "head scores": (64, 64, 4, 2),  # 27 / 52, of many short sequences 36; 8 warps, 3 stages 28 / 49, 43

@@ -87,7 +87,7 @@ def refused(x, C: tl.constexpr):
 
 
 def attempt(triple, K: int, V: int, dtype: str, H: int = 16) -> None:
-    """Everything an op launches, forward and backward: plainly, and with its variance; walks over whole sequences, and in pieces."""
+    """Everything an op launches, forward and backward: walks over whole sequences, and in pieces; then states and the variance."""
     from unify.device import Case, draw, run
     from unify.kernels import chunk
     from unify.op import compile
@@ -97,11 +97,9 @@ def attempt(triple, K: int, V: int, dtype: str, H: int = 16) -> None:
     cut = chunk.cut
     for pieces in (1, 3):
         chunk.cut = lambda at, programs, pieces=pieces: pieces
-        if pieces == 1:
-            o = op(**{name: y.detach().requires_grad_() for name, y in x.items()})
-            o.backward(torch.ones_like(o))
-        else:
-            run(op, x, state, offsets, 0)
+        o = op(**{name: y.detach().requires_grad_() for name, y in x.items()})
+        o.backward(torch.ones_like(o))
+    run(op, x, state, offsets, 0)
     chunk.cut = cut
 
 
@@ -139,12 +137,12 @@ def launch(name: str) -> None:
     if name == "uneven":
         uneven[(1,)](torch.zeros(32, 33), torch.zeros(32), 33, C=32)
         return
-    if name in ("planted", "refused"):
+    if name == "refused":
+        refused[(1,)](torch.zeros(64, 64), C=64)
+        return
+    if name == "planted":
         x = torch.zeros(64, 256, dtype=torch.bfloat16)
-        if name == "planted":
-            planted[(1,)](x, x, torch.zeros(64, 64), 256, C=64, num_warps=4, num_stages=2)
-        else:
-            refused[(1,)](x, C=64)
+        planted[(1,)](x, x, torch.zeros(64, 64), 256, C=64, num_warps=4, num_stages=2)
         return
     from unify.kernels import direct, elementwise
     from unify.models.zoo import get

@@ -61,7 +61,7 @@ def _set_up(found: list) -> str:
     """The sizes that the runs share or do not, and which of them are not the paper's."""
     from dataclasses import asdict
 
-    from .mqar.run import Run
+    from .mqar.run import CONVOLUTION, Run
 
     sizes = [dict(s.sizes) for s in found]
     each = lambda key: " or ".join(f"{x:,}" for x in sorted({s[key] for s in sizes}))  # noqa: E731
@@ -72,8 +72,9 @@ def _set_up(found: list) -> str:
     vocab = " or ".join(f"{x:,}" for x in sorted({s.task.vocab for s in found}))
     return (
         f"A vocabulary of {vocab}; {each('layers')} layers without an MLP, width {each('d_model')}, {each('heads')} heads with "
-        f"{each('head_dim')} key and (where nothing is matched) {each('expand_v')} times as many value channels; "
-        f"{each('steps')} steps of {each('batch')} sequences from {each('sequences')}, a cosine to 0, accuracy on "
+        f"{each('head_dim')} key and (where nothing is matched) {each('expand_v')} times as many value channels, a convolution of "
+        f"{CONVOLUTION} tokens in every memory's layer (GLA's published one has none); {each('steps')} steps of "
+        f"{each('batch')} sequences from {each('sequences')}, a cosine to 0, accuracy on "
         f"{each('tests')} others. The learning rate is the best of those tried by the mean of this accuracy. The numbers of "
         f"Palimpsa's authors (arXiv 2602.09075) are others for: {', '.join(other) or 'none of these'}."
     )
