@@ -248,21 +248,39 @@ def _cumulate(g, G, offsets, N, L, C: tl.constexpr, BL: tl.constexpr):
     store(G, tl.cumsum(tl.maximum(tile, FLOOR), 0), start, end, 0, 1, L, x0, C, BL)
 
 
+@triton.jit
+def meeting(
+    keys, read, written, G, start, end, h, H, K, BEFORE: tl.constexpr, BACK: tl.constexpr, WHOLE: tl.constexpr,
+    C: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Decayed products of a chunk's pairs, one decay a head, [C, C]; BACK: transposed, `read` being what is written.
+
+    WHOLE: BK channels are all, and `keys` are the rows of `read`; the others and the gates are asked for before anything is multiplied.
+    """
+    if WHOLE:
+        met = load(written, start, end, h, H, K, 0, C, BK)
+        return between(G, start, end, h, H, BEFORE, BACK, C, ACC) * dot(keys, tl.trans(met), DT, ACC)
+    else:
+        acc = tl.zeros([C, C], ACC)
+        for k0 in range(0, K, BK):
+            x = load(read, start, end, h, H, K, k0, C, BK)
+            acc += dot(x, tl.trans(load(written, start, end, h, H, K, k0, C, BK)), DT, ACC)
+        return acc * between(G, start, end, h, H, BEFORE, BACK, C, ACC)
+
+
 @direct
 @triton.jit
 def _scores(
     read, written, A, G, offsets, N, H, K,
-    BEFORE: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr, ACC: tl.constexpr,
+    BEFORE: tl.constexpr, WHOLE: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """A[t, s] = exp(sum of g over s < i <= t, or < t if BEFORE) read_t . written_s; [tokens, H, C]. One decay a head."""
     start, end = locate(tl.program_id(0), offsets, N, C)
     if start >= end:
         return
-    h, acc = tl.program_id(1), tl.zeros([C, C], ACC)
-    for k0 in range(0, K, BK):
-        x = load(read, start, end, h, H, K, k0, C, BK)
-        acc += dot(x, tl.trans(load(written, start, end, h, H, K, k0, C, BK)), DT, ACC)
-    acc *= between(G, start, end, h, H, BEFORE, False, C, ACC)
+    h = tl.program_id(1)
+    keys = load(read, start, end, h, H, K, 0, C, BK) if WHOLE else 0.0
+    acc = meeting(keys, read, written, G, start, end, h, H, K, BEFORE, False, WHOLE, C, BK, DT, ACC)
     store(A, tl.where(causal(C, BEFORE), acc, 0.0), start, end, h, H, C, 0, C, C)
 
 
@@ -539,7 +557,7 @@ def _pass(S, sums, pieces, K, V, X, STEP: tl.constexpr, BLOCK: tl.constexpr, ACC
 def _read(
     key, S, A1, x1, A2, x2, G, out, offsets, c0, c1, c2, N, H, K, V, span,
     GATE: tl.constexpr, BACK: tl.constexpr, TWO: tl.constexpr, BEFORE: tl.constexpr, BEFORE2: tl.constexpr, SPLIT: tl.constexpr,
-    WHOLE: tl.constexpr,
+    WHOLE: tl.constexpr, ONE: tl.constexpr,
     C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """out = c0 key S + c1 A1 x1 (+ c2 A2 x2): decayed reads of the state at the chunk's start and of the chunk's own writes.
@@ -553,40 +571,43 @@ def _read(
     start, end = locate(slot, offsets, N, C)
     if start >= end:
         return
+    keys = load(key, start, end, h, H, K, 0, C, BK) if WHOLE else 0.0
+    if ONE:  # asked for before anything is multiplied, so that a program waits for memory once
+        at, inside = matrix_at(S, slot * H + h, K, V, 0, v0, BK, BV)
+        state, x = tl.load(at, mask=inside, other=0.0), load(x1, start, end, h, H, V, v0, C, BV)
+        y = load(x2, start, end, h, H, V, v0, C, BV) if TWO else x
     if GATE == HEAD:
-        first, second = tl.zeros([C, C], ACC), tl.zeros([C, C], ACC)
-        for k0 in range(0, K, BK):
-            keys = load(key, start, end, h, H, K, k0, C, BK)
-            first += dot(keys, tl.trans(load(A1, start, end, h, H, K, k0, C, BK)), DT, ACC)
-            if TWO:
-                second += dot(keys, tl.trans(load(A2, start, end, h, H, K, k0, C, BK)), DT, ACC)
         decay = far(G, start, end, h, H, C, ACC) if BACK else near(G, start, end, h, H, BEFORE, C, ACC)
-        first *= between(G, start, end, h, H, BEFORE, BACK, C, ACC)
+        first = meeting(keys, key, A1, G, start, end, h, H, K, BEFORE, BACK, WHOLE, C, BK, DT, ACC)
         if TWO:
-            second *= between(G, start, end, h, H, BEFORE2, BACK, C, ACC)
+            second = meeting(keys, key, A2, G, start, end, h, H, K, BEFORE2, BACK, WHOLE, C, BK, DT, ACC)
     else:
         first = load(A1, start, end, h, H, C, 0, C, C)
         first = tl.trans(first) if BACK else first
         if TWO:
             second = load(A2, start, end, h, H, C, 0, C, C)
             second = tl.trans(second) if BACK else second
-    if WHOLE:
-        keys = load(key, start, end, h, H, K, 0, C, BK)
     for v in range(v0, tl.minimum(v0 + span, V), BV):
         if WHOLE:
-            at, inside = matrix_at(S, slot * H + h, K, V, 0, v, BK, BV)
-            acc = split_dot(keys, tl.load(at, mask=inside, other=0.0), SPLIT, DT, ACC)
+            if not ONE:
+                at, inside = matrix_at(S, slot * H + h, K, V, 0, v, BK, BV)
+                state = tl.load(at, mask=inside, other=0.0)
+            acc = split_dot(keys, state, SPLIT, DT, ACC)
         else:
             acc = tl.zeros([C, BV], ACC)
             for k0 in range(0, K, BK):
                 at, inside = matrix_at(S, slot * H + h, K, V, k0, v, BK, BV)
-                keys = load(key, start, end, h, H, K, k0, C, BK)
-                acc += split_dot(keys, tl.load(at, mask=inside, other=0.0), SPLIT, DT, ACC)
+                rows = load(key, start, end, h, H, K, k0, C, BK)
+                acc += split_dot(rows, tl.load(at, mask=inside, other=0.0), SPLIT, DT, ACC)
         if GATE == HEAD:
             acc *= decay
-        acc = c0 * acc + c1 * dot(first, load(x1, start, end, h, H, V, v, C, BV), DT, ACC)
+        if not ONE:
+            x = load(x1, start, end, h, H, V, v, C, BV)
+        acc = c0 * acc + c1 * dot(first, x, DT, ACC)
         if TWO:
-            acc += c2 * dot(second, load(x2, start, end, h, H, V, v, C, BV), DT, ACC)
+            if not ONE:
+                y = load(x2, start, end, h, H, V, v, C, BV)
+            acc += c2 * dot(second, y, DT, ACC)
         store(out, acc, start, end, h, H, V, v, C, BV)
 
 
@@ -771,8 +792,8 @@ TILES = {
     "solve": (0, 32, 4, 1),  # all key channels, and tokens: - / 893; 64x8 1007, 16x4 1031, 32x8 1057, 64x4 1951
     "solve exact": (0, 32, 8, 1),  # float32: 16 tokens, for want of registers
 }
-# A thread's at most, for bfloat16: a multiprocessor holds 16 and 21 programs of the scores, three of the read.
-REGISTERS = {"channel scores of two": 128, "channel scores": 96, "read": 168}
+# A thread's at most, for bfloat16: a multiprocessor holds 16 and 21 programs of the scores, three of the read, 16 of the inverse.
+REGISTERS = {"channel scores of two": 128, "channel scores": 96, "read": 168, "inverse": 128}
 BUSY = 128  # programs of a walk below which much of the chip idles: there sequences are walked in pieces,
 FULL = 640  # at most so many programs: five fit on each of 132 multiprocessors, and more would wait for these
 SHORTEST = 8  # chunks of a piece, on average
@@ -918,7 +939,8 @@ def _launch_scores(at, reads, written, G, before, near=False, far=False) -> Pair
             PARTS=PARTS, BK=BK, **launch,
         )  # fmt: skip
     else:
-        _scores[at.slots, at.H](read, written, out.scores, G, at.offsets, at.N, at.H, K, before, BK=BK, **launch)
+        given = read, written, out.scores, G, at.offsets, at.N, at.H, K
+        _scores[at.slots, at.H](*given, before, K <= BK, BK=BK, **launch)
     return out
 
 
@@ -1010,7 +1032,7 @@ def read(
     span = width(at, BV)
     _read[at.slots * blocks(at.V, span), at.H](
         key, S, *first, *(second or first), G, out, at.offsets, *factors, at.N, at.H, at.K, at.V, span,
-        at.gate, back, second is not None, *before, S.dtype != at.work, at.K <= BK, BK=BK, BV=BV, **launch,
+        at.gate, back, second is not None, *before, S.dtype != at.work, at.K <= BK, at.K <= BK <= 64 and at.V <= BV, BK=BK, BV=BV, **launch,
     )  # fmt: skip
     return out
 
