@@ -564,7 +564,7 @@ def _read(
 
     BACK: key is a decayed write, S the adjoint at the chunk's end, and the scores A are transposed.
     With one decay a head key comes as it is, and in place of the scores what it meets, writes or if BACK reads [tokens, H, K].
-    SPLIT: see `split_dot`.
+    A program reads `span` value channels. SPLIT: see `split_dot`. WHOLE: BK holds all keys. ONE: BV all values as well.
     """
     blocks = tl.cdiv(V, span)
     slot, v0, h = tl.program_id(0) // blocks, tl.program_id(0) % blocks * span, tl.program_id(1)

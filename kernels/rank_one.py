@@ -87,6 +87,7 @@ def _mix(
     """out = A x and out2 = c A y, or c A (second y) if TWO; A and second transposed if BACK; x: [tokens, H, X], y: [tokens, H, Y].
 
     DECAY: by one decay a head, x decays from its chunk's start (NEAR, reads before their token's update) or to its end (FAR).
+    ONE: BX holds X and Y.
     """
     start, end = locate(tl.program_id(0), offsets, N, C)
     if start >= end:
