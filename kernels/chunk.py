@@ -571,22 +571,25 @@ def _read(
     start, end = locate(slot, offsets, N, C)
     if start >= end:
         return
-    keys = load(key, start, end, h, H, K, 0, C, BK) if WHOLE else 0.0
+    keys = 0.0
     if ONE:  # asked for before anything is multiplied, so that a program waits for memory once
+        keys = load(key, start, end, h, H, K, 0, C, BK)
         at, inside = matrix_at(S, slot * H + h, K, V, 0, v0, BK, BV)
         state, x = tl.load(at, mask=inside, other=0.0), load(x1, start, end, h, H, V, v0, C, BV)
         y = load(x2, start, end, h, H, V, v0, C, BV) if TWO else x
     if GATE == HEAD:
         decay = far(G, start, end, h, H, C, ACC) if BACK else near(G, start, end, h, H, BEFORE, C, ACC)
-        first = meeting(keys, key, A1, G, start, end, h, H, K, BEFORE, BACK, WHOLE, C, BK, DT, ACC)
+        first = meeting(keys, key, A1, G, start, end, h, H, K, BEFORE, BACK, ONE, C, BK, DT, ACC)
         if TWO:
-            second = meeting(keys, key, A2, G, start, end, h, H, K, BEFORE2, BACK, WHOLE, C, BK, DT, ACC)
+            second = meeting(keys, key, A2, G, start, end, h, H, K, BEFORE2, BACK, ONE, C, BK, DT, ACC)
     else:
         first = load(A1, start, end, h, H, C, 0, C, C)
         first = tl.trans(first) if BACK else first
         if TWO:
             second = load(A2, start, end, h, H, C, 0, C, C)
             second = tl.trans(second) if BACK else second
+    if WHOLE and not ONE:
+        keys = load(key, start, end, h, H, K, 0, C, BK)
     for v in range(v0, tl.minimum(v0 + span, V), BV):
         if WHOLE:
             if not ONE:

@@ -81,38 +81,35 @@ NONE, NEAR, FAR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 @triton.jit
 def _mix(
     A, x, out, second, y, out2, G, offsets, c, N, H, X, Y,
-    DECAY: tl.constexpr, BACK: tl.constexpr, TWO: tl.constexpr, ONE: tl.constexpr,
+    DECAY: tl.constexpr, BACK: tl.constexpr, TWO: tl.constexpr,
     C: tl.constexpr, BX: tl.constexpr, DT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """out = A x and out2 = c A y, or c A (second y) if TWO; A and second transposed if BACK; x: [tokens, H, X], y: [tokens, H, Y].
 
     DECAY: by one decay a head, x decays from its chunk's start (NEAR, reads before their token's update) or to its end (FAR).
-    ONE: BX holds X and Y.
     """
     start, end = locate(tl.program_id(0), offsets, N, C)
     if start >= end:
         return
     h = tl.program_id(1)
-    if ONE:  # all is asked for before anything is multiplied
-        x_rows, y_rows = load(x, start, end, h, H, X, 0, C, BX), load(y, start, end, h, H, Y, 0, C, BX)
     outer = load(A, start, end, h, H, C, 0, C, C)
     outer = tl.trans(outer) if BACK else outer
-    if TWO:
-        inner = load(second, start, end, h, H, C, 0, C, C)
-        inner = tl.trans(inner) if BACK else inner
     if DECAY == NEAR:
         decay = near(G, start, end, h, H, True, C, ACC)
     elif DECAY == FAR:
         decay = far(G, start, end, h, H, C, ACC)
     for x0 in range(0, X, BX):
-        if not ONE:
-            x_rows = load(x, start, end, h, H, X, x0, C, BX)
-        rows = x_rows * decay if DECAY != NONE else x_rows
+        rows = load(x, start, end, h, H, X, x0, C, BX)
+        if DECAY != NONE:
+            rows = rows * decay
         store(out, dot(outer, rows, DT, ACC), start, end, h, H, X, x0, C, BX)
+    if TWO:
+        inner = load(second, start, end, h, H, C, 0, C, C)
+        inner = tl.trans(inner) if BACK else inner
     for y0 in range(0, Y, BX):
-        if not ONE:
-            y_rows = load(y, start, end, h, H, Y, y0, C, BX)
-        rows = dot(inner, y_rows, DT, ACC) if TWO else y_rows
+        rows = load(y, start, end, h, H, Y, y0, C, BX)
+        if TWO:
+            rows = dot(inner, rows, DT, ACC)
         store(out2, c * dot(outer, rows, DT, ACC), start, end, h, H, Y, y0, C, BX)
 
 
@@ -141,7 +138,7 @@ def _mixed(
     decay = decay.value if at.gate == chunk.HEAD.value else NONE.value
     _mix[at.slots, at.H](
         A, x, out, A if second is None else second, y, out2, G, at.offsets, c, at.N, at.H, X, Y, decay, back, second is not None,
-        max(X, Y) <= BX, BX=BX, **launch,
+        BX=BX, **launch,
     )  # fmt: skip
     return out, out2
 
