@@ -666,13 +666,18 @@ def turned(host, before, after, seed=1, task=TINY):
 def test_what_converting_changed_is_told_beside_the_unconverted():
     runs = [turned("mamba2", 0.5, {"unconverted": 0.52, "everything": x}, s) for s, x in enumerate((0.6, 0.51))]
     table, said, left = changed(changes(runs))
-    plateau = "Mamba-2, 16x2: the host was at no plateau, going on unconverted gained +0.020 ± 0.000."
-    assert "| Mamba-2 | 16x2 | everything | 5 | 0.500 ± 0.000 | 0.555 ± 0.064 | +0.055 ± 0.064 | 2 |" in table
-    wanted = "Mamba-2, 16x2, accuracy gained: everything above unconverted in 1 of 2 seeds: +0.055 ± 0.064 against +0.020 ± 0.000."
+    plateau = "Mamba-2, 16x2, 2 steps: the host was at no plateau, going on unconverted gained +0.020 ± 0.000."
+    assert "| Mamba-2 | 16x2 | 2 | everything | 5 | 0.500 ± 0.000 | 0.555 ± 0.064 | +0.055 ± 0.064 | 2 |" in table
+    wanted = "Mamba-2, 16x2, 2 steps, accuracy gained: everything above unconverted in 1 of 2 seeds: +0.055 ± 0.064 against +0.020 ± 0.000."
     assert said[1:] == [wanted]
-    assert left == [f"Seeds disagree: {wanted}", plateau, "Mamba-2, 16x2: 2 seeds."]
+    assert left == [f"Seeds disagree: {wanted}", plateau, "Mamba-2, 16x2, 2 steps: 2 seeds."]
     held = changed(changes([turned("mamba2", 0.97, {"unconverted": 0.97, "everything": 0.98}, s) for s in (1, 2, 3)]))
-    assert held[2] == ["Mamba-2, 16x2: the host held its load nearly (0.970 ± 0.000 before converting)."]
+    assert held[2] == ["Mamba-2, 16x2, 2 steps: the host held its load nearly (0.970 ± 0.000 before converting)."]
+    lost = changed(changes([turned("mamba2", 0.8, {"unconverted": 0.78, "everything": 0.79}, s) for s in (1, 2, 3)]))[2]
+    assert lost == [
+        "Mamba-2, 16x2, 2 steps: going on unconverted, at 0.5 of the rate, gained -0.020 ± 0.000, so that a branch above it need "
+        "not be above the host."
+    ]
     with pytest.raises(UnifyError, match="nothing to show"):
         changes([])
 
@@ -702,7 +707,7 @@ def test_a_page_is_written_from_the_files_alone(tmp_path):
     assert all((page.parent / x).stat().st_size > 10_000 for x in pictures)
     assert "- 16x2, 2 steps: Palimpsa above Mamba-2 in 3 of 3 seeds: 0.900 ± 0.000 against 0.500 ± 0.000." in text
     assert (
-        "Gated DeltaNet, 16x2, accuracy gained: everything above unconverted in 1 of 1 seed: +0.100 against +0.020."
+        "Gated DeltaNet, 16x2, 2 steps, accuracy gained: everything above unconverted in 1 of 1 seed: +0.100 against +0.020."
         in text
     )
     assert text.count("6 runs, 1.0 minutes of one GPU") == 1  # of the figure on longer sequences; others show more runs
@@ -755,7 +760,7 @@ def test_the_command_line_of_transformations_and_of_the_page(tmp_path):
     assert "importance, then everything" in shown
     page = command("evidence", tmp_path, "-o", tmp_path / "page").strip().replace("\n", "")
     assert page == str(tmp_path / "page" / "README.md")
-    assert "Mamba-2 | 16x2 | importance alone" in (tmp_path / "page" / "README.md").read_text()
+    assert "Mamba-2 | 16x2 | 2 | importance alone" in (tmp_path / "page" / "README.md").read_text()
 
 
 def test_mistakes_on_the_command_line():

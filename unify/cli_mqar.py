@@ -194,14 +194,13 @@ def _changes(found: list) -> Any:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("task", "host", "branch", "before", "after", "change", "seeds"):
+    for title in ("task", "host", "branch", "steps before", "before", "after", "change", "seeds"):
         table.add_column(title, justify="left" if title in ("task", "host", "branch") else "right")
     for c in found:
         for branch, after in c.after.items():
             gain = f"{mean(after) - mean(c.before):+.3f}"
-            table.add_row(
-                str(c.task), c.host, branch, f"{mean(c.before):.3f}", f"{mean(after):.3f}", gain, str(len(after))
-            )
+            numbers = f"{c.steps:,}", f"{mean(c.before):.3f}", f"{mean(after):.3f}", gain, str(len(after))
+            table.add_row(str(c.task), c.host, branch, *numbers)
     return table
 
 

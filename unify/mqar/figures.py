@@ -248,7 +248,10 @@ def _overwrites(found: list[Standing]):
 
 
 def changes_figure(found: list[Change]):
-    """For each host its accuracy while training, before and in every branch, a thin line a seed; and what each branch gained."""
+    """For each host its accuracy while training, before and in every branch, a thin line a seed; and what each branch gained.
+
+    Of a long training before converting the last part alone, three times as long as a branch.
+    """
     figure, axes = _figure(2 * len(found), "Made metaplastic")
     for (rise, gain), c in zip(zip(axes[::2], axes[1::2], strict=True), found, strict=True):
         colours = dict(zip(c.after, PALETTE, strict=False))
@@ -259,8 +262,14 @@ def changes_figure(found: list[Change]):
                 then = record["branches"][branch]["curve"]
                 x, y = [steps[-1], *(steps[-1] + s for s, _, _ in then)], [record["accuracy"], *(a for _, _, a in then)]
                 rise.plot(x, y, color=colour, lw=1.2, label=None if n else branch)
-        rise.axvline(steps[-1], color="0.45", lw=1, ls=":")
-        rise.set(title=f"{c.label}, {c.task.length} tokens, {c.task.pairs} pairs", xlabel="steps", ylabel="accuracy")
+        rise.axvline(c.steps, color="0.45", lw=1, ls=":")
+        begin = max(0, c.steps - 3 * dict(c.sizes)["steps"])
+        if begin:
+            seen = [y for line in rise.lines[:-1] for x, y in zip(*line.get_data(), strict=True) if x >= begin]
+            rise.locator_params(axis="x", nbins=5)
+            rise.set(xlim=(begin, None), ylim=(min(seen) - 0.01, max(seen) + 0.01))
+        title = f"{c.label}, {c.task.length} tokens, {c.task.pairs} pairs, {c.steps:,} steps"
+        rise.set(title=title, xlabel="steps", ylabel="accuracy")
         for n, (branch, colour) in enumerate(colours.items()):
             values = tuple(c.gained(branch).values())
             gain.bar([n], [mean(values)], 0.7, color=colour)

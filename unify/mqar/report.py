@@ -302,7 +302,7 @@ def _at_once(runs: list[dict[str, Any]]) -> int:
 
 @dataclass(frozen=True)
 class Change:
-    """A host at its plateau and after each branch, a number for each of seeds. curves: of a seed, before and of each branch."""
+    """A host after `steps` and after each branch, a number for each of seeds. curves: of a seed, before and of each branch."""
 
     host: str
     task: Task
@@ -316,6 +316,11 @@ class Change:
     def label(self) -> str:
         """As people write it."""
         return name(self.host)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps before converting."""
+        return dict(self.sizes)["plateau"]
 
     def gained(self, branch: str) -> dict[int, float]:
         """Accuracy after a branch less the accuracy before, by seed."""
@@ -343,8 +348,8 @@ def changes(records: Iterable[dict[str, Any]]) -> list[Change]:
 def changed(found: list[Change]) -> tuple[str, list[str], list[str]]:
     """Of what `changes` returns: a table, what it says, and what it leaves open."""
     lines = [
-        "| host | task | branch | trained parameters | before | after | change | seeds |",
-        "|---|---|---|---|---|---|---|---|",
+        "| host | task | steps before | branch | trained parameters | before | after | change | seeds |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     said, left = [], []
     for c in found:
@@ -353,6 +358,7 @@ def changed(found: list[Change]) -> tuple[str, list[str], list[str]]:
             cells = (
                 c.label,
                 c.task,
+                f"{c.steps:,}",
                 branch,
                 f"{trained:,}",
                 spread(c.before),
@@ -361,7 +367,7 @@ def changed(found: list[Change]) -> tuple[str, list[str], list[str]]:
             )
             lines.append("| " + " | ".join(map(str, cells)) + f" | {len(c.seeds)} |")
         rise = [r["curve"][-1][2] - r["curve"][-1 - len(r["curve"]) // 4][2] for r in c.records]
-        where = f"{c.label}, {c.task}"
+        where = f"{c.label}, {c.task}, {c.steps:,} steps"
         said.append(
             f"{where}: in the last quarter of the evaluations before converting the accuracy rose by {spread(rise)}."
         )
@@ -373,6 +379,9 @@ def changed(found: list[Change]) -> tuple[str, list[str], list[str]]:
         going_on = c.gained("unconverted").values()
         if mean(going_on) > RISING:
             left.append(f"{where}: the host was at no plateau, going on unconverted gained {spread(going_on, '+')}.")
+        if mean(going_on) < 0:
+            lost = f"going on unconverted, at {dict(c.sizes)['again']:g} of the rate, gained {spread(going_on, '+')}"
+            left.append(f"{where}: {lost}, so that a branch above it need not be above the host.")
         if max(c.before) > SOLVED - 0.05:
             left.append(f"{where}: the host held its load nearly ({spread(c.before)} before converting).")
         left += [f"{where}: {len(c.seeds)} seed{'s' * (len(c.seeds) != 1)}."] if len(c.seeds) < ENOUGH else []
