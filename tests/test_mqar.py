@@ -682,6 +682,17 @@ def test_what_converting_changed_is_told_beside_the_unconverted():
         changes([])
 
 
+def test_of_a_long_training_before_converting_the_end_is_drawn():
+    short = turned("mamba2", 0.6, {"unconverted": 0.6})
+    long = {**short, "transformation": {**short["transformation"], "plateau": 40}}
+    long["curve"] = [[10, 1.0, 0.1], [30, 1.0, 0.5], [40, 1.0, 0.6]]
+    whole, _, end, _ = figures.changes_figure(changes([short, long])).axes[:4]
+    assert whole.get_xlim()[0] < 2  # a training of 2 steps, branches of 4
+    assert end.get_xlim()[0] == 40 - 3 * 4
+    assert end.get_ylim()[0] == pytest.approx(0.29)  # a branch begins at 0.3, the training at 0.1
+    assert "40 steps" in end.get_title()
+
+
 def test_a_page_is_written_from_the_files_alone(tmp_path):
     again = Task(16, 2, vocab=16, overwrites=1)
     runs = [record(m, v, seed=s, others={"32x2": v / 2, "16x2-1": v / 4}) for m, v in (("palimpsa", 0.9), ("mamba2", 0.5))

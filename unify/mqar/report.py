@@ -302,7 +302,7 @@ def _at_once(runs: list[dict[str, Any]]) -> int:
 
 @dataclass(frozen=True)
 class Change:
-    """A host after `steps` and after each branch, a number for each of seeds. curves: of a seed, before and of each branch."""
+    """A host after `steps` and after each branch: an accuracy for each of `seeds`. sizes: the rest of its `Transformation`."""
 
     host: str
     task: Task
