@@ -1033,9 +1033,10 @@ def read(
     """out = c0 key S + c1 A1 x1 (+ c2 A2 x2), scores transposed if `back`; first, second: (A, x); before: of the reads of each."""
     BK, BV, launch = at.tile("read", at.K, at.V)
     span = width(at, BV)
+    one = at.K <= BK <= 64 and at.V <= BV  # 128 key channels were not tried
     _read[at.slots * blocks(at.V, span), at.H](
         key, S, *first, *(second or first), G, out, at.offsets, *factors, at.N, at.H, at.K, at.V, span,
-        at.gate, back, second is not None, *before, S.dtype != at.work, at.K <= BK, at.K <= BK <= 64 and at.V <= BV, BK=BK, BV=BV, **launch,
+        at.gate, back, second is not None, *before, S.dtype != at.work, at.K <= BK, one, BK=BK, BV=BV, **launch,
     )  # fmt: skip
     return out
 

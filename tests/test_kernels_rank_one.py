@@ -98,6 +98,12 @@ def test_reads_before_the_update(poisoned, shared):
     compare([0, 2, 67], 1, 1, 4, 3, torch.float64, not shared, before=True, shared=shared)
 
 
+@pytest.mark.parametrize("K", [17, 72], ids=["keys at once", "keys in blocks"])
+@pytest.mark.parametrize("channels", [False, True], ids=["head", "channel"])
+def test_several_blocks_of_channels(poisoned, channels, K):
+    compare([0, 5], 1, 1, K, 40, torch.float32, channels)
+
+
 def test_half_precision_inputs_and_weak_gates(poisoned):
     compare([0, 66, 132], 2, 1, 17, 33, torch.bfloat16, False, shared=True, kind="weak")
 

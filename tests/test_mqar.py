@@ -627,6 +627,11 @@ def test_sentences_follow_from_the_numbers():
     assert not any("disagree" in text for text in open_questions(standings(runs), agreed))
     few = open_questions(standings(runs[:2] + runs[3:5]), [])
     assert few[0] == "Fewer than 3 seeds: 2 of the 2 rows of the tables."
+    wide = [*runs, record("gla", 0.9, task=Task(16, 4, vocab=16))]
+    missing = [text for text in open_questions(standings(wide), []) if "not run" in text]
+    assert missing == ["16x2, 2 steps: not run, of the models on this page: GLA.",
+                       "16x4, 2 steps: not run, of the models on this page: Mamba-2, MetaMamba2."]  # fmt: skip
+    assert not any("not run" in text for text in left)
     late = [record("gla", v, seed=s, task=Task(16, 4, vocab=16)) for s, v in enumerate((0.49, 0.51, 0.1))]
     begun = "16x4, 2 steps: recall had not begun (an accuracy below twice that of a guess among the sequence's values) in GLA 2 of 3 runs."
     assert open_questions(standings(late), [])[0].startswith(begun)

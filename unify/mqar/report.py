@@ -235,11 +235,18 @@ def _at_equal_rates(a: Standing, b: Standing) -> str:
 
 
 def open_questions(found: list[Standing], said: list[tuple[str, int, int]]) -> list[str]:
-    """What the numbers do not decide: seeds that disagree, too few of them, runs that were still rising."""
+    """What the numbers do not decide: seeds that disagree, too few of them, models not run on a task, runs that were still rising."""
     out = [f"Seeds disagree: {text}" for text, above, seeds in said if 0 < above < seeds]
     few = [s for s in found if len(s.seeds) < ENOUGH]
     if few:
         out.append(f"Fewer than {ENOUGH} seeds: {len(few)} of the {len(found)} rows of the tables.")
+    ran: dict[str, set[str]] = defaultdict(set)
+    for s in found:
+        if s.match == "none":
+            ran[f"{s.task}, {s.steps:,} steps"].add(s.label)
+    for where, models in ran.items():
+        if absent := [x for x in dict.fromkeys(s.label for s in found if s.match == "none") if x not in models]:
+            out.append(f"{where}: not run, of the models on this page: {', '.join(absent)}.")
     stuck: dict[str, list[str]] = defaultdict(list)
     for s in found:
         if n := sum(x < GUESSED / s.task.pairs for x in s.accuracies):
