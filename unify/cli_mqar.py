@@ -48,7 +48,8 @@ Tasks = Annotated[
     str | None, typer.Option("--tasks", "-t", metavar="TxP", help="Tokens x pairs; TxP-O overwrites O keys.")
 ]
 Names = Annotated[
-    str | None, typer.Option("--models", "-m", metavar="A,B", help="Models; also transformer, not_palimpsa.")
+    str | None,
+    typer.Option("--models", "-m", metavar="A,B", help="Models; also transformer, transformer_conv, not_palimpsa."),
 ]
 Width = Annotated[int | None, typer.Option("--d-model", min=1, help="Channels of every model, 128 in the paper.")]
 Layers = Annotated[int | None, typer.Option("--layers", min=1, help="Layers of every model, 2 in the paper.")]

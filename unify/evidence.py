@@ -73,8 +73,8 @@ def _set_up(found: list) -> str:
     return (
         f"A vocabulary of {vocab}; {each('layers')} layers without an MLP, width {each('d_model')}, {each('heads')} heads with "
         f"{each('head_dim')} key and (where nothing is matched) {each('expand_v')} times as many value channels, a convolution of "
-        f"{CONVOLUTION} tokens in every memory's layer (GLA's published one has none); {each('steps')} steps of "
-        f"{each('batch')} sequences from {each('sequences')}, a cosine to 0, accuracy on "
+        f"{CONVOLUTION} tokens in every memory's layer (GLA's published one has none) and in one of the two Transformers; "
+        f"{each('steps')} steps of {each('batch')} sequences from {each('sequences')}, a cosine to 0, accuracy on "
         f"{each('tests')} others. The learning rate is the best of those tried by the mean of this accuracy. The numbers of "
         f"Palimpsa's authors (arXiv 2602.09075) are others for: {', '.join(other) or 'none of these'}."
     )

@@ -11,15 +11,16 @@ from typing import Any
 
 from unify.errors import UnifyError
 
-from .run import ATTENTION, CONTROL, MODELS, SOLVED, Run
+from .run import ATTENTION, CONTROL, CONVOLVED, MODELS, SOLVED, Run
 from .task import Task
 
 # which is compared with which: a memory with an importance and its source, then Palimpsa and the other memories
 PAIRS = (
     ("palimpsa", CONTROL), ("palimpsa_key", CONTROL), ("metamamba2", "mamba2"), ("meta_gla", "gla"),
     ("meta_gdn", "gated_deltanet"), ("palimpsa", "palimpsa_key"), ("palimpsa", "mamba2"), ("palimpsa", "gated_deltanet"),
-    ("palimpsa", "kda"), ("palimpsa", "mesanet"), ("palimpsa", ATTENTION), ("palimpsa_key", "mamba2"),
-    ("palimpsa_key", "mesanet"), ("palimpsa_key", ATTENTION), ("meta_gdn", "mesanet"),
+    ("palimpsa", "kda"), ("palimpsa", "mesanet"), ("palimpsa", ATTENTION), ("palimpsa", CONVOLVED),
+    ("palimpsa_key", "mamba2"), ("palimpsa_key", "mesanet"), ("palimpsa_key", ATTENTION), ("palimpsa_key", CONVOLVED),
+    ("meta_gdn", "mesanet"), ("meta_gdn", CONVOLVED),
 )  # fmt: skip
 SOURCES = PAIRS[:5]
 ENOUGH = 3  # seeds
@@ -72,7 +73,11 @@ def name(model: str) -> str:
     """A model's label."""
     from unify.models.zoo import ZOO
 
-    labels = {ATTENTION: "Transformer", CONTROL: "Palimpsa without importance"}
+    labels = {
+        ATTENTION: "Transformer",
+        CONVOLVED: "Transformer with convolution",
+        CONTROL: "Palimpsa without importance",
+    }
     return labels.get(model) or ZOO[model].label
 
 

@@ -18,10 +18,12 @@ from unify.steps import Steps
 from .task import IGNORED, Task
 
 ATTENTION = "transformer"
+CONVOLVED = "transformer_conv"  # with the convolution of every memory's layer: without one, recall takes long to begin
+ATTENTIONS = (ATTENTION, CONVOLVED)
 CONTROL = "not_palimpsa"  # as the paper's authors call Palimpsa's layer without importance: around Mamba-2's memory
 MODELS = (
     "palimpsa", "palimpsa_key", CONTROL, "mamba2", "metamamba2", "gla", "meta_gla", "gated_deltanet", "meta_gdn", "kda",
-    "mesanet", ATTENTION,
+    "mesanet", *ATTENTIONS,
 )  # fmt: skip
 MATCHES = ("none", "state", "parameters")
 CONVOLUTION = 4  # in every memory's layer; GLA's published one has none, and no run of it had begun to recall
@@ -32,8 +34,10 @@ SOLVED = 0.99
 class Run:
     """What a run is a function of. Set-up of the Palimpsa paper: two layers, no MLP, tied embeddings, AdamW with a cosine.
 
-    model: a name of the zoo, "transformer", or "not_palimpsa", Palimpsa's layer without importance. match: "state" or
-    "parameters" widens or narrows the values until the model has the state or the parameters of Mamba-2 at these sizes.
+    model: a name of the zoo, "transformer", "transformer_conv" (its queries, keys and values convolved as a memory's are), or
+    "not_palimpsa", Palimpsa's layer without importance. match: "state" or "parameters" changes one size until the model has the
+    state or the parameters of Mamba-2 at these sizes: the channels of a memory's values; of a Transformer the channels of a
+    head, or, as its state grows with the sequence, how many of the last tokens it attends to.
     sequences: of the training set; steps: of the optimizer, at most, the length of the cosine; the paper's is 60 epochs.
     evaluate_every: steps between two looks at the test set, an epoch in the paper. head_dim: K; expand_v: V / K.
     Raises UnifyError for a model or a size that there is not.
@@ -64,8 +68,6 @@ class Run:
             raise UnifyError(
                 f"match={self.match!r}", "models are matched by no such number", f"use {', '.join(MATCHES)}"
             )
-        if self.match != "none" and self.model == ATTENTION:
-            raise UnifyError("a matched transformer", "its state grows with the sequence", "use match='none'")
         check_steps(self)
 
     @property
@@ -86,23 +88,61 @@ def check_steps(run: Any) -> None:
 
 
 def config(run: Run):
-    """The `UnifyConfig` of a run; a matched one has the values' width that comes closest."""
+    """The `UnifyConfig` of a run; a matched one has the size that comes closest."""
     return _plain(run) if run.match == "none" else _matched(replace(run, lr=0.0, seed=0))
+
+
+def build(run: Run):
+    """The model of a run, a `UnifyForCausalLM`."""
+    from unify.models import UnifyForCausalLM
+
+    model = UnifyForCausalLM(config(run))
+    if run.model == CONVOLVED:
+        for block in model.model.layers:
+            for name in ("q_proj", "k_proj", "v_proj"):
+                setattr(block.mixer, name, Convolved(getattr(block.mixer, name)))
+    return model
+
+
+class Convolved(torch.nn.Module):
+    """A projection and the short convolution behind it, silu and all, of `unify.models.Layer`. It keeps no state: for training."""
+
+    def __init__(self, projection: torch.nn.Linear):
+        super().__init__()
+        bound = CONVOLUTION**-0.5
+        self.projection = projection
+        self.weight = torch.nn.Parameter(torch.empty(projection.out_features, CONVOLUTION).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, in] -> [B, T, out]."""
+        from unify.models.layer import short_convolution
+
+        y = self.projection(x)
+        before = y.new_zeros(len(y), CONVOLUTION - 1, y.shape[-1])
+        return short_convolution(y, self.weight, None, before)[0]
 
 
 @cache  # a search, the same for every rate and seed
 def _matched(run: Run):
-    wanted = cost(_plain(replace(run, model="mamba2")))[run.match]
-    size = lambda v: cost(_plain(replace(run, expand_v=v / run.head_dim)))[run.match]  # noqa: E731
+    wanted = cost(replace(run, model="mamba2", match="none"))[run.match]
+    size = lambda width: _cost(run, _sized(run, width))[run.match]  # noqa: E731
     low, high = 1, 16 * run.head_dim  # a size grows with the width
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if size(middle) <= wanted else (low, middle)
-    nearest = min((low, high), key=lambda v: abs(size(v) - wanted))
-    return _plain(replace(run, expand_v=nearest / run.head_dim))
+    return _sized(run, min((low, high), key=lambda width: abs(size(width) - wanted)))
 
 
-def _plain(run: Run):
+def _sized(run: Run, width: int):
+    """The configuration with values of so many channels; of attention so many pairs of channels a head, or so many tokens seen."""
+    if run.model not in ATTENTIONS:
+        return _plain(replace(run, expand_v=width / run.head_dim))
+    if run.match == "state":
+        return _plain(run, layers="sliding_attention", sliding_window=width)
+    return _plain(run, head_dim=2 * width)
+
+
+def _plain(run: Run, **attention: Any):
     from unify.models import UnifyConfig
     from unify.models.choices import PUBLISHED
 
@@ -114,8 +154,10 @@ def _plain(run: Run):
         "initializer_range": run.d_model**-0.5,
     }
     more |= {"bos_token_id": None, "eos_token_id": None, "max_position_embeddings": run.task.length}
-    if run.model == ATTENTION:
-        return UnifyConfig(**sizes, **more, layers="full_attention", num_attention_heads=run.heads)
+    if run.model in ATTENTIONS:
+        return UnifyConfig(
+            **sizes, **more, **{"layers": "full_attention", "num_attention_heads": run.heads, **attention}
+        )
     layer = {
         "num_heads": run.heads,
         "head_dim": run.head_dim,
@@ -129,12 +171,18 @@ def _plain(run: Run):
     return UnifyConfig(**sizes, **more, layers=run.model, layer=layer)
 
 
-def cost(config) -> dict[str, int]:
-    """Parameters, state bytes and flops per token of a configuration."""
+def cost(run: Run) -> dict[str, int]:
+    """Parameters, state bytes and flops per token of a run's model."""
+    return _cost(run, config(run))
+
+
+def _cost(run: Run, made) -> dict[str, int]:
     from unify.models import budget
 
-    found = budget(config)
-    return {"parameters": found["parameters"], "state": found["bytes"], "flops": found["flops"]}
+    found = budget(made)
+    width = made.num_attention_heads * made.head_dim
+    taps = 3 * CONVOLUTION * width * made.num_hidden_layers if run.model == CONVOLVED else 0
+    return {"parameters": found["parameters"] + taps, "state": found["bytes"], "flops": found["flops"] + 2 * taps}
 
 
 def small_decays(model) -> None:
@@ -279,11 +327,9 @@ def train(
     afterwards, without training on them. Returns the run, its cost, its last accuracy, {task: accuracy} of `also`, the
     curve, and how long it took where.
     """
-    from unify.models import UnifyForCausalLM
-
     began = time.time()
     torch.manual_seed(run.seed)
-    model = UnifyForCausalLM(config(run)).to(device)
+    model = build(run).to(device)
     small_decays(model)
     sets = [data(run.task, n, run.seed, split, device) for split, n in enumerate((run.sequences, run.tests))]
     optimizer = torch.optim.AdamW(_groups(model), lr=run.lr, weight_decay=0.1, fused=device == "cuda")
@@ -293,7 +339,7 @@ def train(
     curve = fit(answer, optimizer, schedule, *sets, run, progress, loss=loss)
     with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
         others = {str(t): read(answer, run, t, device) for t in also}
-    return {"run": asdict(run), "key": run.key, **cost(config(run)), "accuracy": curve[-1][2], "others": others,
+    return {"run": asdict(run), "key": run.key, **cost(run), "accuracy": curve[-1][2], "others": others,
             "curve": curve, **spent(began, device)}  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from unify.errors import UnifyError
 
-from .run import ATTENTION, Run, train
+from .run import Run, train
 from .task import Task
 
 Say = Callable[
@@ -202,12 +202,11 @@ def grid(
     matches: Iterable[str] = ("none",),
     **more: Any,
 ) -> list[Run]:
-    """Every combination, a seed of every model before the next seed; a transformer is matched to nothing."""
+    """Every combination, a seed of every model before the next seed."""
     tasks, lrs, models, matches = list(tasks), list(lrs), list(models), list(matches)
     return [
         Run(m, t, lr, seed, match, **more)
         for seed in seeds for t in tasks for match in matches for lr in lrs for m in models
-        if m != ATTENTION or match == "none"
     ]  # fmt: skip
 
 
