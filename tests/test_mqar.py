@@ -1,11 +1,14 @@
 """Multi-query associative recall: the task by its definition, a run that learns, a sweep that loses nothing, what is drawn."""
 
+import gc
 import json
 import os
 import re
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,11 +32,14 @@ from unify.mqar.report import (
     changed,
     changes,
     comparisons,
+    crossed,
     markdown,
     minutes,
     open_questions,
     readings,
     standings,
+    together,
+    totals,
 )
 from unify.mqar.run import (
     MODELS,
@@ -55,7 +61,7 @@ from unify.mqar.task import IGNORED, Task
 from unify.mqar.transform import HOSTS, Transformation, host, phase, transform
 from unify.steps import Steps
 
-TINY = Task(16, 2, vocab=16)
+TINY, FOUR = Task(16, 2, vocab=16), Task(16, 4, vocab=16)
 SMALL = {
     "sequences": 512,
     "steps": 192,
@@ -260,6 +266,29 @@ def test_steps_that_are_a_graph_are_the_steps():
     plain, graph, planted = curve(captured=False), curve(), curve(1.1 * run.lr)
     far = lambda x: max(abs(a - b) for a, b in zip(plain, x, strict=True))  # noqa: E731
     assert far(graph) < 1e-2 < far(planted)
+
+
+def test_no_garbage_is_collected_while_a_step_is_captured(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext())
+    weight, collected, fails = torch.nn.Parameter(torch.ones(2)), [], False
+
+    def loss(x):
+        collected.append(gc.isenabled())
+        if fails:
+            raise RuntimeError("a fault")
+        return (weight * x).sum()
+
+    steps = Steps(loss, torch.optim.SGD([weight], lr=0.1), captured=True)
+    for _ in range(Steps.WARM + 1):
+        steps(torch.ones(2))
+    assert collected == [True] * Steps.WARM + [False]
+    assert gc.isenabled()
+    fails, steps.graph = True, None
+    with pytest.raises(RuntimeError, match="a fault"):
+        steps(torch.ones(2))
+    assert collected[-1] is False
+    assert gc.isenabled()
 
 
 @pytest.mark.slow
@@ -578,36 +607,38 @@ def test_rates_that_are_not_the_best_are_shown_and_counted():
     found = standings(runs)
     assert by_rate(found).splitlines()[0] == "| task | steps | model | at 0.001 | at 0.01 |"
     assert "| 16x2 | 2 | Palimpsa | 0.900 0.700 | 0.100 |" in by_rate(found)
-    ((said, above, seeds),) = comparisons(found)
-    assert (above, seeds) == (1, 2)
-    assert said.endswith("0.800 ± 0.141 against 0.500 ± 0.424. At equal rates and seeds: in 1 of 3.")
+    (said,) = comparisons(found)
+    assert said.cell == "**1 of 2**: 0.800 ± 0.141, 0.500 ± 0.424<br>1 of 3 at equal rates"
     assert by_rate(standings(runs[:2])) == ""
 
 
 def test_what_is_matched_is_compared_with_what_is_as_large_by_itself():
     runs = [record("palimpsa", 0.9, match="state"), record("mamba2", 0.5), record("mamba2", 0.6, 1e-2),
             record("gated_deltanet", 0.7), record("palimpsa", 0.8, state=320), record("kda", 0.1, state=170)]  # fmt: skip
-    said = [text for text, *_ in comparisons(standings(runs))]
-    mine = [text for text in said if "equal state" in text]
+    said = comparisons(standings(runs))
+    mine = [(c.one, c.other, c.cell) for c in said if c.where == "16x2, 2 steps, equal state"]
     assert mine == [
-        "16x2, 2 steps, equal state: Palimpsa above Mamba-2 in 1 of 1 seed: 0.900 against 0.500.",  # at the same rate
-        "16x2, 2 steps, equal state: Palimpsa above Gated DeltaNet in 1 of 1 seed: 0.900 against 0.700.",
+        ("Palimpsa", "Mamba-2", "**1 of 1**: 0.900, 0.500"),  # at the same rate
+        ("Palimpsa", "Gated DeltaNet", "**1 of 1**: 0.900, 0.700"),
     ]  # and not KDA: its state is 6 % larger
     assert len(said) == 5
     assert comparisons(standings([runs[0], runs[3]])) == []  # no Mamba-2 to be as large as
 
 
 def test_memories_are_compared_with_their_sources_on_what_was_not_trained():
-    runs = [record(m, 0.5, seed=s, others={"32x2": v}) for m, vs in (("palimpsa", (0.4, 0.2)), ("not_palimpsa", (0.3, 0.3)))
+    runs = [record(m, 0.8, seed=s, others={"32x2": v}) for m, vs in (("palimpsa", (0.4, 0.2)), ("not_palimpsa", (0.3, 0.3)))
             for s, v in enumerate(vs)]  # fmt: skip
-    ((said, *counts),) = readings(standings([*runs, record("mamba2", 0.5, others={"32x2": 0.9})]))
-    assert said.startswith(
-        "Trained on 16x2, 2 steps, read at 32x2: Palimpsa above Palimpsa without importance in 1 of 2 "
+    (said,) = readings(standings([*runs, record("mamba2", 0.8, others={"32x2": 0.9})]))
+    assert (said.where, said.one, said.other) == (
+        "16x2, 2 steps, read at 32x2",
+        "Palimpsa",
+        "Palimpsa without importance",
     )
-    assert said.endswith("0.300 ± 0.141 against 0.300 ± 0.000.")
-    assert counts == [1, 2]
+    assert said.cell == "**1 of 2**: 0.300 ± 0.141, 0.300 ± 0.000"
     del runs[3]["others"]["32x2"]
     assert readings(standings(runs[:1] + runs[3:])) == []  # no seed in common
+    unbegun = [record(m, 0.3, others={"32x2": 0.3}) for m in ("palimpsa", "not_palimpsa")]
+    assert readings(standings(unbegun)) == []
 
 
 def test_a_model_looks_the_same_in_every_figure():
@@ -651,15 +682,15 @@ def test_sentences_follow_from_the_numbers():
             for s, v in enumerate(vs)]  # fmt: skip
     found = standings(runs)
     said = comparisons(found)
-    assert said == [
-        ("16x2, 2 steps: MetaMamba2 above Mamba-2 in 2 of 3 seeds: 0.800 ± 0.100 against 0.617 ± 0.126.", 2, 3)
-    ]
+    table = ["| | 16x2, 2 steps |", "|---|---|",
+             "| MetaMamba2 above Mamba-2 | **2 of 3**: 0.800 ± 0.100, 0.617 ± 0.126 |"]  # fmt: skip
+    assert crossed(said).splitlines() == table
     left = open_questions(found, said)
-    assert left[0] == f"Seeds disagree: {said[0][0]}"
+    assert left[0] == "Seeds disagree in 1 of 1 comparisons."
     assert "Still rising by more than 0.01 from the last evaluation but one to the last: 6 of 6 runs." in left
     runs[4]["accuracy"] = 0.65  # the other way round in the one seed: now they agree, and nothing is left of that
     agreed = comparisons(standings(runs))
-    assert agreed[0][1:] == (3, 3)
+    assert agreed[0].cell.startswith("**3 of 3**")
     assert not any("disagree" in text for text in open_questions(standings(runs), agreed))
     few = open_questions(standings(runs[:2] + runs[3:5]), [])
     assert few[0] == "Fewer than 3 seeds: 2 of the 2 rows of the tables."
@@ -673,8 +704,46 @@ def test_sentences_follow_from_the_numbers():
     assert open_questions(standings(late), [])[0].startswith(begun)
     assert not any("had not begun" in text for text in open_questions(standings(late[1:2]), []))
     alone = comparisons(standings([runs[0], runs[3]]))
-    assert alone[0][0].endswith("in 1 of 1 seed: 0.900 against 0.500.")
+    assert alone[0].cell == "**1 of 1**: 0.900, 0.500"
     assert comparisons(standings([runs[0], runs[4]])) == []  # no seed in common
+
+
+def test_a_table_of_comparisons_has_a_place_for_each():
+    runs = [record(m, v, task=t) for m, v, t in (("metamamba2", 0.9, TINY), ("mamba2", 0.8, TINY), ("meta_gla", 0.7, FOUR),
+                                                 ("gla", 0.6, FOUR))]  # fmt: skip
+    assert crossed(comparisons(standings(runs))).splitlines()[2:] == [
+        "| MetaMamba2 above Mamba-2 | **1 of 1**: 0.900, 0.800 |  |",
+        "| meta-GLA above GLA |  | **1 of 1**: 0.700, 0.600 |",
+    ]
+
+
+def test_runs_that_differ_in_the_model_alone_are_counted():
+    kinds = ((TINY, 1e-3, 1), (TINY, 1e-3, 2), (TINY, 1e-2, 1), (FOUR, 1e-3, 1))
+    of = lambda model, values: [record(model, v, lr, n, t) for v, (t, lr, n) in zip(values, kinds, strict=True)]  # noqa: E731
+    runs = of("metamamba2", (0.9, 0.7, 0.8, 0.45)) + of("mamba2", (0.5, 0.8, 0.1, 0.44))
+    runs += [record("metamamba2", 0.9, seed=3), record("mamba2", 0.1, seed=4), record("metamamba2", 0.9, match="state")]
+    assert totals(standings(runs)) == [
+        "MetaMamba2 above Mamba-2 in 2 of 3 runs; in 1 more neither had begun to recall."
+    ]
+    assert totals(standings([runs[3], runs[7]])) == []  # 0.45 of 4 pairs is less than twice a guess
+    assert comparisons(standings([runs[3], runs[7]])) == []
+    assert len(comparisons(standings([runs[3], record("mamba2", 0.5, task=FOUR)]))) == 1
+
+
+def test_a_longer_training_of_one_model_is_no_task_that_others_missed():
+    longer = record("gla", 0.9)
+    longer["run"]["steps"] = 8
+    found = standings([record("gla", 0.8), record("mamba2", 0.9), record("gla", 0.9, task=FOUR), longer])
+    assert [(str(s.task), s.steps) for s in together(found)] == [("16x2", 2), ("16x2", 2), ("16x4", 2)]
+    missing = [text for text in open_questions(found, []) if "not run" in text]
+    assert missing == ["16x4, 2 steps: not run, of the models on this page: Mamba-2."]
+    titles = [axis.get_title() for axis in figures._curves(found).axes]
+    assert titles == ["16 tokens, 2 pairs, 2 steps", "16 tokens, 4 pairs, 2 steps"]
+
+
+def test_there_is_no_empty_panel():
+    figure, axes = figures._figure(5, "five")
+    assert len(figure.axes) == len(axes) == 5
 
 
 def test_minutes_of_runs_side_by_side_count_once():
@@ -757,7 +826,8 @@ def test_a_page_is_written_from_the_files_alone(tmp_path):
     ]
     assert pictures == drawn
     assert all((page.parent / x).stat().st_size > 10_000 for x in pictures)
-    assert "- 16x2, 2 steps: Palimpsa above Mamba-2 in 3 of 3 seeds: 0.900 ± 0.000 against 0.500 ± 0.000." in text
+    assert "- Palimpsa above Mamba-2 in 3 of 3 runs." in text
+    assert "| Palimpsa above Mamba-2 | **3 of 3**: 0.900 ± 0.000, 0.500 ± 0.000 |" in text
     assert (
         "Gated DeltaNet, 16x2, 2 steps, accuracy gained: everything above unconverted in 1 of 1 seed: +0.100 against +0.020."
         in text

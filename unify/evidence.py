@@ -25,10 +25,26 @@ runs that were ended before they had a result are not in them.
 """
 
 
+FOUND = "Runs of equal task, learning rate and seed, matched to nothing, in at least one of which recall had begun:"
+CROSSED = """By task, at each model's best rate: in how many of the seeds that both have the first is above, the accuracy of the first,
+that of the other. What is matched to Mamba-2 is beside others that are as large by themselves, at its own rate."""
+FAR = "As above, of the same models, read at longer sequences and at keys bound twice."
+
+
 def recall(records: Records, folder: Path) -> str:
     """Models beside each other on multi-query associative recall."""
     from .mqar.figures import draw
-    from .mqar.report import by_rate, comparisons, markdown, minutes, open_questions, readings, standings
+    from .mqar.report import (
+        by_rate,
+        comparisons,
+        crossed,
+        markdown,
+        minutes,
+        open_questions,
+        readings,
+        standings,
+        totals,
+    )
 
     found = standings(records)
     captions = {
@@ -41,11 +57,12 @@ def recall(records: Records, folder: Path) -> str:
         f"![{captions[title]}]({files[0].name})\n\n{captions[title]} {minutes(_of(title, found))}"
         for title, files in draw(found, folder, ("png",)).items()
     ]
-    said, rates, far = comparisons(found), by_rate(found), [text for text, _, _ in readings(found)]
+    said, rates, far = comparisons(found), by_rate(found), readings(found)
     return "\n\n".join([
         "## Multi-query associative recall", _set_up(found), *pictures, "### In numbers", markdown(found),
-        *(["Each seed's accuracy at every learning rate that was tried:", rates] if rates else []), "### What was found",
-        _bullets(text for text, _, _ in said), *(["### On what was not trained", _bullets(far)] if far else []),
+        *(["Each seed's accuracy at every learning rate that was tried:", rates] if rates else []),
+        *(["### What was found", FOUND, _bullets(totals(found)), CROSSED, crossed(said)] if said else []),
+        *(["### On what was not trained", FAR, crossed(far)] if far else []),
         "### What was not", _bullets(open_questions(found, said)),
     ])  # fmt: skip
 
@@ -61,7 +78,7 @@ def _set_up(found: list) -> str:
     """The sizes that the runs share or do not, and which of them are not the paper's."""
     from dataclasses import asdict
 
-    from .mqar.run import CONVOLUTION, Run
+    from .mqar.run import CONVOLUTION, CONVOLVED, Run
 
     sizes = [dict(s.sizes) for s in found]
     each = lambda key: " or ".join(f"{x:,}" for x in sorted({s[key] for s in sizes}))  # noqa: E731
@@ -70,10 +87,11 @@ def _set_up(found: list) -> str:
     paper |= paper.pop("task")
     other = [x.replace("_", " ") for x in used[0] if {u[x] for u in used} != {paper[x]}]
     vocab = " or ".join(f"{x:,}" for x in sorted({s.task.vocab for s in found}))
+    also = " and in the Transformer with convolution" if any(s.model == CONVOLVED for s in found) else ""
     return (
         f"A vocabulary of {vocab}; {each('layers')} layers without an MLP, width {each('d_model')}, {each('heads')} heads with "
         f"{each('head_dim')} key and (where nothing is matched) {each('expand_v')} times as many value channels, a convolution of "
-        f"{CONVOLUTION} tokens in every memory's layer (GLA's published one has none) and in one of the two Transformers; "
+        f"{CONVOLUTION} tokens in every memory's layer (GLA's published one has none){also}; "
         f"{each('steps')} steps of {each('batch')} sequences from {each('sequences')}, a cosine to 0, accuracy on "
         f"{each('tests')} others. The learning rate is the best of those tried by the mean of this accuracy. The numbers of "
         f"Palimpsa's authors (arXiv 2602.09075) are others for: {', '.join(other) or 'none of these'}."

@@ -39,6 +39,7 @@ import torch
 
 from .contest import CONTESTANTS, Call, Contestant, Size, WrongResultError, accept, check, draw, errors, lineup
 from .errors import UnifyError
+from .steps import uncollected
 
 PARTS = ("table", "first", "length", "decode")
 MEASURES = ("forward", "both")
@@ -203,6 +204,7 @@ def captured(call: Callable[[], object]) -> Callable[[], object]:
             call()
     main.wait_stream(side)
     with (
+        uncollected(),
         torch.cuda.stream(main),
         torch.cuda.graph(graph),
     ):  # a failed capture leaves its stream behind as the current one

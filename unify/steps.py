@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Without garbage collection: it may destroy an earlier run's graph, which no capture survives; torch itself collects no more."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class Steps:
@@ -37,7 +51,7 @@ class Steps:
             return self._step(*given)
         if self.graph is None:
             self.graph, self.given = torch.cuda.CUDAGraph(), [x.clone() for x in given]
-            with torch.cuda.graph(self.graph):
+            with uncollected(), torch.cuda.graph(self.graph):
                 self.missed = self._step(*self.given)
         for kept, x in zip(self.given, given, strict=True):
             kept.copy_(x)

@@ -9,7 +9,7 @@ from statistics import mean
 
 from unify.draw import PALETTE
 
-from .report import Change, Standing, name
+from .report import Change, Standing, name, together
 from .run import MODELS
 from .task import Task
 
@@ -76,7 +76,10 @@ def _figure(panels: int, title: str, across: int = 4):
     columns, rows = min(panels, across), -(-panels // across)
     figure = Figure(figsize=(max(7.5, 4.2 * columns), 0.6 + 4.2 * rows), layout="constrained")
     figure.suptitle(title, fontsize=13)
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()[:panels]
+    every = figure.subplots(rows, columns, squeeze=False).flatten()
+    for spare in every[panels:]:
+        spare.remove()
+    axes = every[:panels]
     for axis in axes:
         axis.grid(color="0.92")
         axis.set_axisbelow(True)
@@ -92,7 +95,7 @@ def _against(found: list[Standing]):
     Accuracies are drawn as their log odds, which tells 0.95 from 0.99.
     """
     what = {"state": "state, bytes", "parameters": "parameters", "flops": "flops a token"}
-    tasks = [(s.task, s.steps) for s in found]
+    tasks = [(s.task, s.steps) for s in together(found)]
     most = max(dict.fromkeys(tasks), key=tasks.count)
     figure, axes = _figure(1 + len(what), "Multi-query associative recall")
     look, models = _styles(found), list(dict.fromkeys(s.model for s in found))
@@ -127,8 +130,8 @@ def _within(accuracy: float) -> float:
 
 
 def _unmatched(found: list[Standing]) -> list[Standing]:
-    """Those that are matched to nothing, or all where every one is."""
-    return [s for s in found if s.match == "none"] or found
+    """Those that are matched to nothing, or all where every one is; without other numbers of steps that few models had."""
+    return together([s for s in found if s.match == "none"] or found)
 
 
 def _titled(task: Task, steps: int) -> str:

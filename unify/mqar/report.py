@@ -177,8 +177,40 @@ def compare(
     return f"{one} {'below' if less else 'above'} {other} in {of}: {values}.", count, len(seeds)
 
 
-def comparisons(found: list[Standing]) -> list[tuple[str, int, int]]:
-    """`compare` for each of `PAIRS` at equal task, match and sizes.
+@dataclass(frozen=True)
+class Comparison:
+    """Two models at the same `where`: accuracies by seed, those at equal rates too.
+
+    both: (accuracy of the first, of the other) of all runs that differ in nothing else, where there are other rates than the best.
+    """
+
+    where: str
+    one: str
+    other: str
+    mine: dict[int, float]
+    theirs: dict[int, float]
+    both: tuple[tuple[float, float], ...] = ()
+
+    @property
+    def seeds(self) -> list[int]:
+        """Those of both."""
+        return sorted(set(self.mine) & set(self.theirs))
+
+    @property
+    def above(self) -> int:
+        """In how many of them the first is above."""
+        return sum(self.mine[s] > self.theirs[s] for s in self.seeds)
+
+    @property
+    def cell(self) -> str:
+        """What a table says of it."""
+        one, other = (spread(x[s] for s in self.seeds) for x in (self.mine, self.theirs))
+        more = f"<br>{sum(x > y for x, y in self.both)} of {len(self.both)} at equal rates" if self.both else ""
+        return f"**{self.above} of {len(self.seeds)}**: {one}, {other}{more}"
+
+
+def comparisons(found: list[Standing]) -> list[Comparison]:
+    """Each of `PAIRS` at equal task, match and sizes, where one of the two has begun to recall.
 
     What is matched to Mamba-2 is compared with Mamba-2, and with others as large by themselves, at its own learning rate.
     """
@@ -191,29 +223,55 @@ def comparisons(found: list[Standing]) -> list[tuple[str, int, int]]:
                 continue
             alike = a.match == b.match
             mine, theirs = a.rates[a.lr], b.rates.get(b.lr if alike else a.lr, {})
-            if set(mine) & set(theirs):
-                said, *counts = compare(name(one), name(other), mine, theirs)
-                said += _at_equal_rates(a, b) if alike else ""
+            if set(mine) & set(theirs) and any(_begun(x, a.task) for x in (*mine.values(), *theirs.values())):
+                both = _at_equal_rates(a, b) if alike and max(len(a.rates), len(b.rates)) > 1 else ()
                 match = "" if a.match == "none" else f", equal {a.match}"
-                out.append((f"{a.task}, {a.steps:,} steps{match}: {said}", *counts))
+                out.append(Comparison(f"{_where(a)}{match}", name(one), name(other), mine, theirs, both))
     return out
 
 
-def readings(found: list[Standing]) -> list[tuple[str, int, int]]:
-    """`compare` for each of `SOURCES` on the tasks that they were not trained on: longer sequences, keys bound twice."""
+def readings(found: list[Standing]) -> list[Comparison]:
+    """Each of `SOURCES` on the tasks that they were not trained on: longer sequences, keys bound twice."""
     at = {(s.model, s.task, s.match, s.sizes): s for s in found}
     out = []
     for a in found:
         for b in (at.get((other, a.task, a.match, a.sizes)) for one, other in SOURCES if one == a.model):
-            for task in a.others if b else ():
-                values = [
-                    dict(zip(s.seeds, read, strict=True))
+            if not b or not any(_begun(x, a.task) for x in (*a.accuracies, *b.accuracies)):
+                continue
+            for task in a.others:
+                mine, theirs = (
+                    dict(zip(s.seeds, read, strict=True)) if len(read := s.others.get(task, ())) == len(s.seeds) else {}
                     for s in (a, b)
-                    if len(read := s.others.get(task, ())) == len(s.seeds)
-                ]
-                if len(values) == 2 and set(values[0]) & set(values[1]):
-                    said, *counts = compare(a.label, b.label, *values)
-                    out.append((f"Trained on {a.task}, {a.steps:,} steps, read at {task}: {said}", *counts))
+                )
+                if set(mine) & set(theirs):
+                    match = "" if a.match == "none" else f", equal {a.match}"
+                    out.append(
+                        Comparison(f"{_where(a)}{match}, read at {task}", name(a.model), name(b.model), mine, theirs)
+                    )
+    return out
+
+
+def crossed(said: list[Comparison]) -> str:
+    """A table of comparisons: two models a row, where they were compared a column."""
+    places = list(dict.fromkeys(c.where for c in said))
+    lines = ["| | " + " | ".join(places) + " |", "|" + "---|" * (1 + len(places))]
+    for one, other in dict.fromkeys((c.one, c.other) for c in said):
+        cells = {c.where: c.cell for c in said if (c.one, c.other) == (one, other)}
+        lines.append(f"| {one} above {other} | " + " | ".join(cells.get(place, "") for place in places) + " |")
+    return "\n".join(lines)
+
+
+def totals(found: list[Standing]) -> list[str]:
+    """For each of `PAIRS` a sentence on all runs that are matched to nothing and equal but for the model."""
+    at = {(s.model, s.task, s.sizes): s for s in found if s.match == "none"}
+    out = []
+    for one, other in PAIRS:
+        pairs = [(a, at[other, *group]) for (m, *group), a in at.items() if m == one and (other, *group) in at]
+        runs = [(x, y, a.task) for a, b in pairs for x, y in _at_equal_rates(a, b)]
+        told = [x > y for x, y, task in runs if _begun(max(x, y), task)]
+        rest = len(runs) - len(told)
+        beside = f"; in {rest} more neither had begun to recall" if rest else ""
+        out += [f"{name(one)} above {name(other)} in {sum(told)} of {len(told)} runs{beside}."] if told else []
     return out
 
 
@@ -226,36 +284,54 @@ def _as_large(matched: Standing, model: str, at: dict[tuple, Standing]) -> Stand
     return plain if plain and source and abs(size(plain) / size(source) - 1) < ALIKE else None
 
 
-def _at_equal_rates(a: Standing, b: Standing) -> str:
-    """How often the first is above over all runs that differ in nothing else, where there are other rates than the best."""
-    both = [
+def _at_equal_rates(a: Standing, b: Standing) -> tuple[tuple[float, float], ...]:
+    """The accuracies of both over all runs that differ in nothing else."""
+    return tuple(
         (x, b.rates[rate][n])
-        for rate in set(a.rates) & set(b.rates)
+        for rate in a.rates
+        if rate in b.rates
         for n, x in a.rates[rate].items()
         if n in b.rates[rate]
+    )
+
+
+def _where(standing: Standing) -> str:
+    return f"{standing.task}, {standing.steps:,} steps"
+
+
+def _begun(accuracy: float, task: Task) -> bool:
+    """Whether it is `GUESSED` times that of a guess among the sequence's values, or halfway from it to 1 where that is less."""
+    return accuracy >= min(GUESSED / task.pairs, (1 + 1 / task.pairs) / 2)
+
+
+def together(found: list[Standing]) -> list[Standing]:
+    """Without trainings that are longer or shorter than the one that most models had on their task."""
+    models = defaultdict(set)
+    for s in found:
+        models[s.task, s.steps].add(s.model)
+    return [
+        s for s in found if len(models[s.task, s.steps]) == max(len(m) for (t, _), m in models.items() if t == s.task)
     ]
-    if len(a.rates) == len(b.rates) == 1 or not both:
-        return ""
-    return f" At equal rates and seeds: in {sum(x > y for x, y in both)} of {len(both)}."
 
 
-def open_questions(found: list[Standing], said: list[tuple[str, int, int]]) -> list[str]:
+def open_questions(found: list[Standing], said: list[Comparison]) -> list[str]:
     """What the numbers do not decide: seeds that disagree, too few of them, models not run on a task, runs that were still rising."""
-    out = [f"Seeds disagree: {text}" for text, above, seeds in said if 0 < above < seeds]
+    torn = sum(0 < c.above < len(c.seeds) for c in said)
+    out = [f"Seeds disagree in {torn} of {len(said)} comparisons."] if torn else []
     few = [s for s in found if len(s.seeds) < ENOUGH]
     if few:
         out.append(f"Fewer than {ENOUGH} seeds: {len(few)} of the {len(found)} rows of the tables.")
     ran: dict[str, set[str]] = defaultdict(set)
-    for s in found:
+    for s in together(found):
         if s.match == "none":
-            ran[f"{s.task}, {s.steps:,} steps"].add(s.label)
+            ran[_where(s)].add(s.label)
     for where, models in ran.items():
         if absent := [x for x in dict.fromkeys(s.label for s in found if s.match == "none") if x not in models]:
             out.append(f"{where}: not run, of the models on this page: {', '.join(absent)}.")
     stuck: dict[str, list[str]] = defaultdict(list)
     for s in found:
-        if n := sum(x < GUESSED / s.task.pairs for x in s.accuracies):
-            stuck[f"{s.task}, {s.steps:,} steps"].append(f"{s.label} {n} of {len(s.seeds)}")
+        if n := sum(not _begun(x, s.task) for x in s.accuracies):
+            stuck[_where(s)].append(f"{s.label} {n} of {len(s.seeds)}")
     for where, who in stuck.items():
         out.append(
             f"{where}: recall had not begun (an accuracy below twice that of a guess among the sequence's values) in {', '.join(who)} "
@@ -269,7 +345,8 @@ def open_questions(found: list[Standing], said: list[tuple[str, int, int]]) -> l
         )
     short, full = sorted({s.steps for s in found}), Run("mamba2").steps
     if short[0] < full:
-        steps = " and ".join(f"{n:,}" for n in short if n < full)
+        *most, last = (f"{n:,}" for n in short if n < full)
+        steps = f"{', '.join(most)} and {last}" if most else last
         out.append(f"Training was short: {steps} steps, where the paper's is {full:,} at most.")
     return out
 
