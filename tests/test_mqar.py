@@ -835,7 +835,7 @@ def test_a_page_is_written_from_the_files_alone(tmp_path):
     assert text.count("6 runs, 1.0 minutes of one GPU") == 1  # of the figure on longer sequences; others show more runs
     runs[0]["accuracy"] = 0.4  # another number, another sentence
     (tmp_path / "mqar_a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in runs[:4]))
-    assert "Palimpsa above Mamba-2 in 2 of 3 seeds: 0.733" in write(tmp_path, tmp_path / "page").read_text()
+    assert "| Palimpsa above Mamba-2 | **2 of 3**: 0.733" in write(tmp_path, tmp_path / "page").read_text()
     with pytest.raises(UnifyError, match="no records of runs"):
         write(tmp_path / "page", tmp_path)
 
