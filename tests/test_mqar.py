@@ -432,7 +432,7 @@ def told(run, device, progress):
     if run.lr == 2:
         os._exit(1)
     time.sleep(600 if run.lr == 3 else 0)
-    return {"key": run.key, "accuracy": 1.0, "process": os.getpid()}
+    return {"key": run.key, "accuracy": 1.0, "process": os.getpid(), "card": os.environ.get("CUDA_VISIBLE_DEVICES")}
 
 
 def test_a_process_is_kept_from_run_to_run_and_made_anew_after_a_failure(tmp_path):
@@ -454,6 +454,22 @@ def test_a_process_is_kept_from_run_to_run_and_made_anew_after_a_failure(tmp_pat
         "BrokenProcessPool: A process i",
         "not finished after 60 minutes",
     ]
+
+
+def test_runs_are_spread_over_the_gpus_there_are(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(sweeping, "device_count", lambda: 2)
+    assert sweeping.cards("cpu") == [""]
+    assert sweeping.cards("cuda") == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, GPU-5")
+    assert sweeping.cards("cuda") == ["3", "GPU-5"]
+    monkeypatch.setattr(sweeping, "cards", lambda device: ["3", "GPU-5"])
+    records = sweep(grid(["gla"], [TINY], [0.1, 0.2, 0.3, 0.4], [1], **QUICK), tmp_path / "a.jsonl", train=told, jobs=2)
+    assert [(r["card"], r["jobs"]) for r in records] == [("3", 2), ("GPU-5", 2)] * 2
+    monkeypatch.setattr(sweeping, "cards", lambda device: ["3"])
+    runs, late = grid(["gla"], [TINY], [1, 0.2], [1], **QUICK), sweeping.Limits(end=60)
+    (after,) = sweep(runs, tmp_path / "b.jsonl", train=told, limits=late)  # the first fails, and takes its process down
+    assert after["card"] == "3"
 
 
 def test_no_run_begins_after_the_limit(tmp_path):

@@ -79,7 +79,7 @@ def mqar(
     heads: Heads = None,
     head_dim: HeadDim = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, or auto: what there is.")] = "auto",
-    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs at a time, on the one device.")] = 2,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs at a time, on each GPU or on the CPU.")] = 2,
     compiled: Compiled = False,
     minutes: Minutes = None,
     stop: Stop = None,
@@ -144,7 +144,7 @@ def transform(
         str | None, typer.Option("--importance", help="key or diagonal, else the family's own.")
     ] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, or auto: what there is.")] = "auto",
-    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs at a time, on the one device.")] = 2,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs at a time, on each GPU or on the CPU.")] = 2,
     compiled: Compiled = False,
     minutes: Minutes = None,
     stop: Stop = None,

@@ -179,7 +179,7 @@ def compare(
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two models at the same `where`: accuracies by seed, those at equal rates too.
+    """Accuracies of two models by seed, at the same `where`, each at its best rate.
 
     both: (accuracy of the first, of the other) of all runs that differ in nothing else, where there are other rates than the best.
     """
@@ -256,8 +256,10 @@ def crossed(said: list[Comparison]) -> str:
     places = list(dict.fromkeys(c.where for c in said))
     lines = ["| | " + " | ".join(places) + " |", "|" + "---|" * (1 + len(places))]
     for one, other in dict.fromkeys((c.one, c.other) for c in said):
-        cells = {c.where: c.cell for c in said if (c.one, c.other) == (one, other)}
-        lines.append(f"| {one} above {other} | " + " | ".join(cells.get(place, "") for place in places) + " |")
+        cells = (
+            "<br>".join(c.cell for c in said if (c.one, c.other, c.where) == (one, other, place)) for place in places
+        )
+        lines.append(f"| {one} above {other} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

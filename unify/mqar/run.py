@@ -18,7 +18,7 @@ from unify.steps import Steps
 from .task import IGNORED, Task
 
 ATTENTION = "transformer"
-CONVOLVED = "transformer_conv"  # with the convolution of every memory's layer: without one, recall takes long to begin
+CONVOLVED = "transformer_conv"  # with the convolution of every memory's layer: without one recall did not begin
 ATTENTIONS = (ATTENTION, CONVOLVED)
 CONTROL = "not_palimpsa"  # as the paper's authors call Palimpsa's layer without importance: around Mamba-2's memory
 MODELS = (

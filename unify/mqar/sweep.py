@@ -1,4 +1,4 @@
-"""Many runs: several at once on one device, each kept as one line of JSON when it is finished, none done twice."""
+"""Many runs: several at once on each GPU, each kept as one line of JSON when it is finished, none done twice."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from functools import partial
 from math import inf
 from pathlib import Path
 from typing import Any
+
+from torch.cuda import device_count
 
 from unify.errors import UnifyError
 
@@ -85,7 +87,7 @@ def sweep(
     say: Say = lambda key, news: None,
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """Train what the file at path does not hold yet, `jobs` at a time on one device; returns the records of all runs.
+    """Train what the file at path does not hold yet, `jobs` at a time on each GPU, or on the CPU; returns the records of all runs.
 
     Runs begin in the order given, each finished one is appended at once, so that an interrupted sweep goes on where it was
     and what is there is balanced. A run that fails is said (phase "failed") and costs no other; it is tried again the next
@@ -94,18 +96,26 @@ def sweep(
     runs, limits = list(dict.fromkeys(runs)), limits or Limits()
     done = {record["key"]: record for record in load(path)}
     waiting = [run for run in runs if run.key not in done]
-    jobs = min(jobs, len(waiting))
+    lanes = [card for _ in range(jobs) for card in cards(device)][: len(waiting)]
     for run in runs:
         say(run.key, {"phase": "done", **done[run.key]} if run.key in done else {"phase": "waiting"})
     work = partial(_work, train, device, options)
-    apart = jobs > 1 or limits.end < inf
-    finished = _finished_apart(waiting, work, jobs, limits, say) if apart else _finished(waiting, work, limits, say)
+    apart = len(lanes) > 1 or limits.end < inf
+    finished = _finished_apart(waiting, work, lanes, limits, say) if apart else _finished(waiting, work, limits, say)
     for run, record in finished:
-        record["jobs"] = jobs
+        record["jobs"] = lanes.count(lanes[0])
         add(path, record)
         done[run.key] = record
         say(run.key, {"phase": "done", **record})
     return [done[run.key] for run in runs if run.key in done]
+
+
+def cards(device: str) -> list[str]:
+    """The GPUs this process sees, as CUDA_VISIBLE_DEVICES names them; where the device is a CPU it is all there is, as ""."""
+    if device != "cuda":
+        return [""]
+    given = [x.strip() for x in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if x.strip()]
+    return given or [str(n) for n in range(max(1, device_count()))]
 
 
 def _work(train: Train, device: str, options: dict[str, Any], run: Run, say: Say) -> dict[str, Any]:
@@ -139,12 +149,14 @@ def _failed(error: BaseException) -> dict[str, str]:
 _news: Any = None  # in a process of its own: where what it says goes
 
 
-def _begin(news: Any) -> None:
-    """A process that shares the cores with others, and keeps torch and its kernels from one run to the next."""
+def _begin(news: Any, card: str) -> None:
+    """A process that sees one GPU, shares the cores with others, and keeps torch and its kernels from one run to the next."""
     import torch
 
     global _news
     _news = news
+    if card:
+        os.environ["CUDA_VISIBLE_DEVICES"] = card  # read when the GPU is first used
     torch.set_num_threads(1)
 
 
@@ -153,40 +165,40 @@ def _work_apart(work: Work, run: Run) -> dict[str, Any]:
 
 
 def _finished_apart(
-    waiting: list[Run], work: Work, jobs: int, limits: Limits, say: Say
+    waiting: list[Run], work: Work, lanes: list[str], limits: Limits, say: Say
 ) -> Iterator[tuple[Run, dict[str, Any]]]:
-    """As `_finished`, in lanes: pools of one process, so that one whose run fails (a GPU's errors stay) is made anew."""
+    """As `_finished`, in lanes, each on a GPU: pools of one process, so that one whose run fails (a GPU's errors stay) is made anew."""
     context = multiprocessing.get_context("spawn")
     news, queue, working = context.SimpleQueue(), deque(waiting), {}
 
-    def lane() -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(1, context, _begin, (news,))
+    def lane(card: str) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(1, context, _begin, (news, card))
 
-    def begin(pool: ProcessPoolExecutor) -> None:
+    def begin(pool: ProcessPoolExecutor, card: str) -> None:
         if queue and not limits.over("begin"):
             run = queue.popleft()
-            working[pool.submit(_work_apart, work, run)] = run, pool
+            working[pool.submit(_work_apart, work, run)] = run, pool, card
         else:
             pool.shutdown(wait=False)
 
     try:
-        for _ in range(jobs):
-            begin(lane())
+        for card in lanes:
+            begin(lane(card), card)
         while working:
             finished, _ = wait(working, timeout=0.2, return_when=FIRST_COMPLETED)
             while not news.empty():
                 say(*news.get())
             for future in finished:
-                run, pool = working.pop(future)
+                run, pool, card = working.pop(future)
                 if future.exception() is None:
-                    begin(pool)
+                    begin(pool, card)
                     yield run, future.result()
                 else:
                     pool.shutdown(wait=False)
                     say(run.key, _failed(future.exception()))
-                    begin(lane())
+                    begin(lane(card), card)
             if limits.over("end"):
-                for run, _ in working.values():
+                for run, *_ in working.values():
                     say(run.key, {"phase": "failed", "why": f"not finished after {limits.end:g} minutes"})
                 return
     finally:
