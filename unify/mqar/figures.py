@@ -115,7 +115,11 @@ def _against(found: list[Standing]):
         axis.set_xlabel(title)
         (_lengths if x == "length" else _ticks)(axis, sorted({_at(s, x) for s in shown}))
         axis.set_yscale("logit")
-        axis.set(ylim=SEEN, yticks=(ticks := (0.01, 0.1, 0.5, 0.9, 0.99)), yticklabels=map(str, ticks))
+        axis.set(
+            ylim=(0.7 * SEEN[0], 1 - 0.7 * (1 - SEEN[1])),
+            yticks=(ticks := (0.01, 0.1, 0.5, 0.9, 0.99)),
+            yticklabels=map(str, ticks),
+        )
         axis.minorticks_off()
     axes[0].set_ylabel("accuracy (mean, least to largest over seeds)", fontsize=9)
     if {s.match for s in found} - {"none"}:
@@ -207,7 +211,7 @@ def _extrapolation(found: list[Standing]):
             )
         axis.set_xlabel("tokens read")
         axis.set_title(f"trained on {_titled(*group)}", fontsize=10)
-        _lengths(axis, sorted({n for s in shown for n in _longer(s)}))
+        _lengths(axis, sorted({n for s in shown if (s.task, s.steps) == group for n in _longer(s)}))
     _legend(figure, axes)
     return figure
 
