@@ -64,9 +64,14 @@ class Standing:
         return dict(self.sizes)["steps"]
 
     @property
+    def matched(self) -> str:
+        """What is equal to Mamba-2's, to stand behind a name or a place; "" where nothing is."""
+        return "" if self.match == "none" else f", equal {self.match}"
+
+    @property
     def label(self) -> str:
         """As people write it."""
-        return name(self.model) + ("" if self.match == "none" else f", equal {self.match}")
+        return name(self.model) + self.matched
 
 
 def name(model: str) -> str:
@@ -225,8 +230,7 @@ def comparisons(found: list[Standing]) -> list[Comparison]:
             mine, theirs = a.rates[a.lr], b.rates.get(b.lr if alike else a.lr, {})
             if set(mine) & set(theirs) and any(_begun(x, a.task) for x in (*mine.values(), *theirs.values())):
                 both = _at_equal_rates(a, b) if alike and max(len(a.rates), len(b.rates)) > 1 else ()
-                match = "" if a.match == "none" else f", equal {a.match}"
-                out.append(Comparison(f"{_where(a)}{match}", name(one), name(other), mine, theirs, both))
+                out.append(Comparison(f"{_where(a)}{a.matched}", name(one), name(other), mine, theirs, both))
     return out
 
 
@@ -244,10 +248,8 @@ def readings(found: list[Standing]) -> list[Comparison]:
                     for s in (a, b)
                 )
                 if set(mine) & set(theirs):
-                    match = "" if a.match == "none" else f", equal {a.match}"
-                    out.append(
-                        Comparison(f"{_where(a)}{match}, read at {task}", name(a.model), name(b.model), mine, theirs)
-                    )
+                    where = f"{_where(a)}{a.matched}, read at {task}"
+                    out.append(Comparison(where, name(a.model), name(b.model), mine, theirs))
     return out
 
 
