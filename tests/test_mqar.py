@@ -268,9 +268,33 @@ def test_steps_that_are_a_graph_are_the_steps():
     assert far(graph) < 1e-2 < far(planted)
 
 
+@pytest.mark.gpu
+def test_a_step_is_captured_while_graphs_of_earlier_gradients_live():
+    def losses(captured, before=False):
+        weight = torch.nn.Parameter(torch.ones(2, device="cuda"))
+        kept = [(2 * weight).sum()] if before else []  # on the stream that all else is on
+
+        def loss(x):
+            kept.append((weight * x).square().sum())
+            return kept[-1]
+
+        steps = Steps(loss, torch.optim.AdamW([weight], lr=0.1), captured)
+        return [steps(torch.full((2,), 1.0 + i, device="cuda")).item() for i in range(Steps.WARM + 3)]
+
+    plain = losses(False)
+    assert losses(True) == pytest.approx(plain, rel=1e-4)
+    assert plain[-1] != pytest.approx(plain[-2], rel=1e-2)
+    with torch.cuda.stream(torch.cuda.current_stream()), pytest.raises(RuntimeError, match="capture"):
+        losses(True, before=True)  # planted
+
+
 def test_no_garbage_is_collected_while_a_step_is_captured(monkeypatch):
+    aside = SimpleNamespace(wait_stream=lambda other: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *device: aside)
     weight, collected, fails = torch.nn.Parameter(torch.ones(2)), [], False
 
     def loss(x):
