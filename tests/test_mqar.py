@@ -33,10 +33,13 @@ from unify.mqar.report import (
     changes,
     comparisons,
     crossed,
+    equal,
     markdown,
+    matching,
     minutes,
     open_questions,
     readings,
+    repeated,
     standings,
     together,
     totals,
@@ -654,15 +657,42 @@ def test_rates_that_are_not_the_best_are_shown_and_counted():
 
 def test_what_is_matched_is_compared_with_what_is_as_large_by_itself():
     runs = [record("palimpsa", 0.9, match="state"), record("mamba2", 0.5), record("mamba2", 0.6, 1e-2),
-            record("gated_deltanet", 0.7), record("palimpsa", 0.8, state=320), record("kda", 0.1, state=170)]  # fmt: skip
-    said = comparisons(standings(runs))
-    mine = [(c.one, c.other, c.cell) for c in said if c.where == "16x2, 2 steps, equal state"]
+            record("gated_deltanet", 0.7, state=161), record("palimpsa", 0.8, state=320), record("kda", 0.1, state=170)]  # fmt: skip
+    found = standings(runs)
+    said = comparisons(found)
+    mine = [(c.one, c.other, c.cell) for c in said if c.match == "state"]
     assert mine == [
         ("Palimpsa", "Mamba-2", "**1 of 1**: 0.900, 0.500"),  # at the same rate
         ("Palimpsa", "Gated DeltaNet", "**1 of 1**: 0.900, 0.700"),
     ]  # and not KDA: its state is 6 % larger
     assert len(said) == 5
+    assert totals(found, "state") == [
+        "Palimpsa above Mamba-2 in 1 of 1 runs.",
+        "Palimpsa above Gated DeltaNet in 1 of 1 runs.",
+    ]
+    assert matching(found, "state") == "Off Mamba-2's by 0.6% at most."
+    assert matching(found, "parameters") == ""
+    more = [record("transformer", 0.9, parameters=80), record("gla", 0.9, parameters=101)]
+    said = "Parameters are off Mamba-2's by 1.0% at most. A Transformer's are off Mamba-2's by 20.0% at most."
+    assert matching(standings([*runs, *more]), "none") == said
+    assert [s.label for s in equal(found, "state")] == ["Mamba-2", "Gated DeltaNet", "Palimpsa, equal state"]
+    assert len(equal(found, "none")) == 4
     assert comparisons(standings([runs[0], runs[3]])) == []  # no Mamba-2 to be as large as
+
+
+def test_the_second_of_two_may_be_the_matched_one():
+    runs = [record("transformer", 0.9, match="parameters"), record("mamba2", 0.5),
+            record("palimpsa", 0.85, 1e-2), record("palimpsa", 0.8), record("transformer", 0.95, parameters=80)]  # fmt: skip
+    said = [c for c in comparisons(standings(runs)) if c.match == "parameters"]
+    assert [(c.one, c.other, c.cell) for c in said] == [("Palimpsa", "Transformer", "**0 of 1**: 0.800, 0.900")]
+
+
+def test_a_run_that_was_done_again_is_told_and_the_first_counts():
+    runs = [record("palimpsa", 0.9), record("palimpsa", 0.2), record("mamba2", 0.5)]
+    assert [s.accuracies for s in standings(runs)] == [(0.9,), (0.5,)]
+    (told,) = repeated(runs)
+    assert told.endswith("done again: Palimpsa, 16x2 at 0.001, seed 1: 0.900, then 0.200.")
+    assert repeated(runs[1:]) == []
 
 
 def test_memories_are_compared_with_their_sources_on_what_was_not_trained():
@@ -675,6 +705,9 @@ def test_memories_are_compared_with_their_sources_on_what_was_not_trained():
         "Palimpsa without importance",
     )
     assert said.cell == "**1 of 2**: 0.300 ± 0.141, 0.300 ± 0.000"
+    matched = [record("palimpsa", 0.8, match="state", others={"32x2": 0.6}), record("not_palimpsa", 0.8, others={"32x2": 0.5}),
+               record("mamba2", 0.8)]  # fmt: skip
+    assert [(c.match, c.cell) for c in readings(standings(matched))] == [("state", "**1 of 1**: 0.600, 0.500")]
     del runs[3]["others"]["32x2"]
     assert readings(standings(runs[:1] + runs[3:])) == []  # no seed in common
     unbegun = [record(m, 0.3, others={"32x2": 0.3}) for m in ("palimpsa", "not_palimpsa")]
@@ -694,6 +727,8 @@ def test_it_is_drawn(tmp_path):
     assert sorted(f.name for f in files) == [
         "mqar.png",
         "mqar.svg",
+        "mqar_cost.png",
+        "mqar_cost.svg",
         "mqar_curves.png",
         "mqar_curves.svg",
         "mqar_longer.png",
@@ -711,10 +746,28 @@ def test_every_bar_of_keys_bound_twice_has_a_colour_of_its_own():
     assert len(set(colours.values())) == len(colours) == 3
 
 
-def test_a_rate_is_chosen_on_the_seeds_that_every_rate_has():
+def test_a_rate_is_chosen_on_the_seeds_that_two_have():
     runs = [record("gla", 0.5, 1e-3, 1), record("gla", 0.1, 1e-3, 2), record("gla", 0.4, 1e-2, 1)]
     (found,) = standings(runs)
     assert (found.lr, found.seeds, found.accuracies) == (1e-3, (1, 2), (0.5, 0.1))  # by the mean of all it were 1e-2
+    runs += [record("gla", 0.45, 1e-2, 2), record("gla", 0.3, 1e-4, 1)]
+    (found,) = standings(runs)
+    assert found.lr == 1e-2  # by the one seed that all three have it were 1e-3
+
+
+def test_a_panel_has_what_is_matched_and_what_is_as_large_by_itself():
+    runs = [record("palimpsa", 0.9, match="state"), record("mamba2", 0.5), record("gla", 0.5, state=320),
+            record("palimpsa", 0.8), record("mamba2", 0.4, task=FOUR)]  # fmt: skip
+    axes = figures._by_length(standings(runs)).axes
+    shown = [(axis.get_title(), axis.get_legend_handles_labels()[1]) for axis in axes]
+    assert shown == [("matched to nothing", ["Palimpsa", "Mamba-2", "GLA"]),
+                     ("at Mamba-2's state", ["Mamba-2", "Palimpsa"])]  # fmt: skip
+    line, *_ = axes[1].containers[1]
+    assert line.get_ydata() == pytest.approx([0.9])
+    assert [axis.get_title() for axis in figures._by_cost(standings(runs)).axes][::3] == [
+        "16 tokens, 2 pairs, 2 steps",
+        "16 tokens, 4 pairs, 2 steps",
+    ]
 
 
 def test_sentences_follow_from_the_numbers():
@@ -858,6 +911,7 @@ def test_a_page_is_written_from_the_files_alone(tmp_path):
     pictures = re.findall(r"!\[.*\]\((.*)\)", text)
     drawn = [
         "mqar.png",
+        "mqar_cost.png",
         "mqar_curves.png",
         "mqar_longer.png",
         "mqar_overwritten.png",

@@ -25,10 +25,23 @@ runs that were ended before they had a result are not in them.
 """
 
 
-FOUND = "Runs of equal task, learning rate and seed, matched to nothing, in at least one of which recall had begun:"
-CROSSED = """By task, at each model's best rate: in how many of the seeds that both have the first is above, the accuracy of the first,
-that of the other. What is matched to Mamba-2 is beside others that are as large by themselves, at its own rate."""
-FAR = "As above, of the same models, read at longer sequences and at keys bound twice."
+# what is matched to Mamba-2: title, how
+MATCHES = {
+    "none": ("Matched to nothing", "Every memory has heads of as many key and value channels."),
+    "state": (
+        "At Mamba-2's state",
+        "A memory has values as wide as make its state as large, a Transformer attends to as many of the last tokens. What is as "
+        "large by itself is as it is.",
+    ),
+    "parameters": (
+        "At Mamba-2's parameters",
+        "A memory has values, a Transformer has heads, as wide as make it as large. What is as large by itself is as it is.",
+    ),
+}
+FOUND = """A sentence counts runs that are equal but for the model, learning rate and seed included, of which at least one had begun to
+recall. A table has, by task, each model's best rate (where something is matched its rate for both): in how many of the seeds that
+both have the first is above, the accuracy of the first, that of the other."""
+FAR = "As in the tables above, of the same models, read at longer sequences and at keys bound twice."
 
 
 def recall(records: Records, folder: Path) -> str:
@@ -39,16 +52,19 @@ def recall(records: Records, folder: Path) -> str:
         comparisons,
         crossed,
         markdown,
+        matching,
         minutes,
         open_questions,
         readings,
+        repeated,
         standings,
         totals,
     )
 
     found = standings(records)
     captions = {
-        "mqar": "Accuracy, as log odds, against the length trained on, the state, the parameters and the flops of a token.",
+        "mqar": "Accuracy, as log odds, against the length trained on.",
+        "mqar_cost": "Accuracy, as log odds, against the state, the parameters and the flops of a token, a row a task.",
         "mqar_curves": "Accuracy while training, at each model's best rate; a thin line a seed.",
         "mqar_longer": "Accuracy on sequences longer than those trained on.",
         "mqar_overwritten": "Accuracy where keys are bound a second time, and the later value is asked for.",
@@ -58,12 +74,19 @@ def recall(records: Records, folder: Path) -> str:
         for title, files in draw(found, folder, ("png",)).items()
     ]
     said, rates, far = comparisons(found), by_rate(found), readings(found)
+    results, others = [], []
+    for match, (title, how) in MATCHES.items():
+        if mine := [c for c in said if c.match == match]:
+            about = f"{how} {matching(found, match)}".rstrip()
+            results += [f"#### {title}", about, _bullets(totals(found, match)), crossed(mine)]
+        if mine := [c for c in far if c.match == match]:
+            others += [f"{title}:", crossed(mine)]
     return "\n\n".join([
         "## Multi-query associative recall", _set_up(found), *pictures, "### In numbers", markdown(found),
         *(["Each seed's accuracy at every learning rate that was tried:", rates] if rates else []),
-        *(["### What was found", FOUND, _bullets(totals(found)), CROSSED, crossed(said)] if said else []),
-        *(["### On what was not trained", FAR, crossed(far)] if far else []),
-        "### What was not", _bullets(open_questions(found, said)),
+        *(["### What was found", FOUND, *results] if results else []),
+        *(["### On what was not trained", FAR, *others] if others else []),
+        "### What was not", _bullets(open_questions(found, said) + repeated(records)),
     ])  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from statistics import mean
 
 from unify.draw import PALETTE
 
-from .report import Change, Standing, name, together
+from .report import Change, Standing, equal, name, together
 from .run import MODELS
 from .task import Task
 
@@ -19,10 +19,10 @@ SEEN = (0.004, 0.996)  # accuracies that a figure of log odds shows
 def draw(found: list[Standing], folder: Path, suffixes: tuple[str, ...] = ("svg", "png")) -> dict[str, list[Path]]:
     """Every plot that there is something for; its title -> its files.
 
-    mqar: accuracy against length, state, parameters and flops. mqar_curves: learning curves. mqar_longer: accuracy at lengths
-    that were not trained on. mqar_overwritten: accuracy where keys are bound twice.
+    mqar: accuracy against length. mqar_cost: against state, parameters and flops. mqar_curves: learning curves. mqar_longer:
+    accuracy at lengths that were not trained on. mqar_overwritten: accuracy where keys are bound twice.
     """
-    made = {"mqar": _against(found), "mqar_curves": _curves(found)}
+    made = {"mqar": _by_length(found), "mqar_cost": _by_cost(found), "mqar_curves": _curves(found)}
     if any(_longer(s) for s in _unmatched(found)):
         made["mqar_longer"] = _extrapolation(found)
     if any(_overwritten(found, s) for s in _unmatched(found)):
@@ -32,8 +32,8 @@ def draw(found: list[Standing], folder: Path, suffixes: tuple[str, ...] = ("svg"
 
 def shows(title: str, found: list[Standing], standing: Standing) -> bool:
     """Whether a plot of `draw` has something of a standing."""
-    if title == "mqar":
-        return True
+    if title in ("mqar", "mqar_cost"):
+        return standing in together(found) and not (title == "mqar" and standing.task.overwrites)
     if standing not in _unmatched(found):
         return False
     if title == "mqar_longer":
@@ -89,31 +89,59 @@ def _figure(panels: int, title: str, across: int = 4):
     return figure, axes
 
 
-def _against(found: list[Standing]):
-    """Accuracy against length, models a little apart, and against each cost on the task that most models were trained on.
-
-    Accuracies are drawn as their log odds, which tells 0.95 from 0.99.
-    """
-    what = {"state": "state, bytes", "parameters": "parameters", "flops": "flops a token"}
-    tasks = [(s.task, s.steps) for s in together(found)]
-    most = max(dict.fromkeys(tasks), key=tasks.count)
-    figure, axes = _figure(1 + len(what), "Multi-query associative recall")
+def _by_length(found: list[Standing]):
+    """Accuracy against length, models a little apart, a panel for each way of matching; see `report.equal`."""
+    titles = {"none": "matched to nothing", "state": "at Mamba-2's state", "parameters": "at Mamba-2's parameters"}
+    shown = [s for s in together(found) if not s.task.overwrites]
+    panels = [(titles[m], equal(shown, m)) for m in titles if any(s.match == m for s in shown)]
+    figure, axes = _figure(len(panels), "Multi-query associative recall")
     look, models = _styles(found), list(dict.fromkeys(s.model for s in found))
-    panels = [("length", "tokens", [s for s in _unmatched(found) if not s.task.overwrites])]
-    panels += [
-        (x, f"{title}; {_titled(*most)}", [s for s in found if (s.task, s.steps) == most]) for x, title in what.items()
-    ]
-    for axis, (x, title, shown) in zip(axes, panels, strict=True):
-        for key in dict.fromkeys((s.model, s.match, s.steps) for s in shown):
-            mine = sorted((s for s in shown if (s.model, s.match, s.steps) == key), key=lambda s: _at(s, x))
-            apart = 1.012 ** (models.index(key[0]) - len(models) / 2) if x == "length" else 1
-            at, means = [apart * _at(s, x) for s in mine], [_within(s.mean) for s in mine]
-            ends = [
-                [abs(y - _within(end(s.accuracies))) for s, y in zip(mine, means, strict=True)] for end in (min, max)
-            ]
-            axis.errorbar(at, means, ends, label=name(key[0]), capsize=3, **look[key[:2]])
-        axis.set_xlabel(title)
-        (_lengths if x == "length" else _ticks)(axis, sorted({_at(s, x) for s in shown}))
+    for axis, (title, of) in zip(axes, panels, strict=True):
+        for model in dict.fromkeys(s.model for s in of):
+            mine = sorted((s for s in of if s.model == model), key=lambda s: s.task.length)
+            apart = 1.012 ** (models.index(model) - len(models) / 2)
+            _odds(axis, [apart * s.task.length for s in mine], mine, look[model, "none"])
+        axis.set(xlabel="tokens", title=title)
+        _lengths(axis, sorted({s.task.length for s in of}))
+    _odds_scale(axes)
+    _legend(figure, axes)
+    return figure
+
+
+def _by_cost(found: list[Standing]):
+    """Accuracy against each cost, a row for each task."""
+    what = {"state": "state, bytes", "parameters": "parameters", "flops": "flops a token"}
+    shown = together(found)
+    tasks = list(dict.fromkeys((s.task, s.steps) for s in shown))
+    title = "Accuracy for its cost"
+    if {s.match for s in shown} - {"none"}:
+        title += "; square: equal state, triangle: equal parameters"
+    figure, axes = _figure(len(what) * len(tasks), title, across=len(what))
+    look = _styles(found)
+    for n, (task, steps) in enumerate(tasks):
+        of = [s for s in shown if (s.task, s.steps) == (task, steps)]
+        row = axes[len(what) * n : len(what) * (n + 1)]
+        for axis, (x, label) in zip(row, what.items(), strict=True):
+            for s in of:
+                _odds(axis, [getattr(s, x)], [s], look[s.model, s.match])
+            axis.set(xlabel=label, title=_titled(task, steps))
+            axis.title.set_fontsize(10)
+            _ticks(axis, sorted({getattr(s, x) for s in of}))
+    _odds_scale(axes)
+    _legend(figure, axes)
+    return figure
+
+
+def _odds(axis, at: list[float], standings: list[Standing], style: dict) -> None:
+    """A model's accuracies, mean and ends, where they can be drawn as log odds."""
+    means = [_within(s.mean) for s in standings]
+    ends = [[abs(y - _within(end(s.accuracies))) for s, y in zip(standings, means, strict=True)] for end in (min, max)]
+    axis.errorbar(at, means, ends, label=name(standings[0].model), capsize=3, **style)
+
+
+def _odds_scale(axes) -> None:
+    """Accuracies as their log odds, which tells 0.95 from 0.99."""
+    for axis in axes:
         axis.set_yscale("logit")
         axis.set(
             ylim=(0.7 * SEEN[0], 1 - 0.7 * (1 - SEEN[1])),
@@ -122,10 +150,6 @@ def _against(found: list[Standing]):
         )
         axis.minorticks_off()
     axes[0].set_ylabel("accuracy (mean, least to largest over seeds)", fontsize=9)
-    if {s.match for s in found} - {"none"}:
-        axes[1].set_title("square: equal state; triangle: equal parameters", fontsize=9)
-    _legend(figure, axes)
-    return figure
 
 
 def _within(accuracy: float) -> float:
@@ -165,10 +189,6 @@ def _ticks(axis, at: list[int]) -> None:
     else:
         axis.xaxis.set_major_locator(MaxNLocator(4))
     axis.xaxis.set_major_formatter(EngFormatter(places=None if at[-1] < 4 * at[0] else 0, sep=""))
-
-
-def _at(standing: Standing, x: str) -> int:
-    return standing.task.length if x == "length" else getattr(standing, x)
 
 
 def _curves(found: list[Standing]):

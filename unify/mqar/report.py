@@ -11,7 +11,7 @@ from typing import Any
 
 from unify.errors import UnifyError
 
-from .run import ATTENTION, CONTROL, CONVOLVED, MODELS, SOLVED, Run
+from .run import ATTENTION, ATTENTIONS, CONTROL, CONVOLVED, MODELS, SOLVED, Run
 from .task import Task
 
 # which is compared with which: a memory with an importance and its source, then Palimpsa and the other memories
@@ -25,7 +25,7 @@ PAIRS = (
 SOURCES = PAIRS[:5]
 ENOUGH = 3  # seeds
 RISING = 0.01  # accuracy gained by the last look at it
-ALIKE = 0.005  # of Mamba-2's state or parameters
+ALIKE = 0.01  # of Mamba-2's state or parameters; what is matched comes as close
 GUESSED = 2.0  # times the accuracy of a guess among a sequence's values: below it recall has not begun
 
 
@@ -87,13 +87,16 @@ def name(model: str) -> str:
 
 
 def standings(records: Iterable[dict[str, Any]]) -> list[Standing]:
-    """One for each model, task, match and sizes, in the order of `MODELS`. Raises UnifyError where there is no record."""
+    """One for each model, task, match and sizes, in the order of `MODELS`; of a run that was done again, the first time counts.
+
+    Raises UnifyError where there is no record.
+    """
     groups: dict[tuple, dict[float, dict[int, dict]]] = defaultdict(lambda: defaultdict(dict))
     for record in records:
         run = dict(record["run"])
         task = Task(**run.pop("task"))
         model, match, lr, seed = (run.pop(x) for x in ("model", "match", "lr", "seed"))
-        groups[model, task, match, tuple(sorted(run.items()))][lr][seed] = record
+        groups[model, task, match, tuple(sorted(run.items()))][lr].setdefault(seed, record)
     if not groups:
         raise UnifyError("no run", "there is nothing to show", "train some first: unify mqar --toy")
     found = []
@@ -116,11 +119,14 @@ def standings(records: Iterable[dict[str, Any]]) -> list[Standing]:
 
 
 def _best(by_lr: dict[float, dict[int, dict]]) -> float:
-    """The rate with the highest mean over the seeds that every rate has; the one with most seeds where they share none."""
-    shared = set.intersection(*(set(runs) for runs in by_lr.values()))
-    if not shared:
-        return max(by_lr, key=lambda lr: len(by_lr[lr]))
-    return max(by_lr, key=lambda lr: mean(by_lr[lr][seed]["accuracy"] for seed in shared))
+    """The rate above most others by the mean over the seeds that both have; of several such the one with most seeds."""
+
+    def above(one: float, other: float) -> bool:
+        seeds = set(by_lr[one]) & set(by_lr[other])
+        means = (mean(by_lr[lr][seed]["accuracy"] for seed in seeds) for lr in (one, other)) if seeds else (0, 0)
+        return next(means) > next(means)
+
+    return max(by_lr, key=lambda lr: (sum(above(lr, x) for x in by_lr), len(by_lr[lr])))
 
 
 def markdown(found: list[Standing]) -> str:
@@ -184,7 +190,7 @@ def compare(
 
 @dataclass(frozen=True)
 class Comparison:
-    """Accuracies of two models by seed, at the same `where`, each at its best rate.
+    """Accuracies of two models by seed, at the same `where` and match, each at its best rate or both at that of what is matched.
 
     both: (accuracy of the first, of the other) of all runs that differ in nothing else, where there are other rates than the best.
     """
@@ -194,6 +200,7 @@ class Comparison:
     other: str
     mine: dict[int, float]
     theirs: dict[int, float]
+    match: str = "none"
     both: tuple[tuple[float, float], ...] = ()
 
     @property
@@ -214,42 +221,89 @@ class Comparison:
         return f"**{self.above} of {len(self.seeds)}**: {one}, {other}{more}"
 
 
-def comparisons(found: list[Standing]) -> list[Comparison]:
-    """Each of `PAIRS` at equal task, match and sizes, where one of the two has begun to recall.
+@dataclass(frozen=True)
+class Beside:
+    """Two models of `PAIRS` at equal task, match and sizes; one that is not matched is as large by itself."""
 
-    What is matched to Mamba-2 is compared with Mamba-2, and with others as large by themselves, at its own learning rate.
-    """
+    one: Standing
+    other: Standing
+    match: str
+
+    @property
+    def rates(self) -> tuple[float, float]:
+        """Each model's best; where one is as large by itself, that of the other for both."""
+        a, b = self.one, self.other
+        return (a.lr, b.lr) if a.match == b.match else ((a if a.match == self.match else b).lr,) * 2
+
+    @property
+    def equal(self) -> tuple[tuple[float, float], ...]:
+        """The accuracies of both over all runs that differ in nothing else."""
+        a, b = self.one.rates, self.other.rates
+        return tuple((x, b[rate][n]) for rate in a if rate in b for n, x in a[rate].items() if n in b[rate])
+
+    def compared(self, task: str = "") -> Comparison:
+        """At the task trained on, or as read at another."""
+        mine, theirs = (_read(s, lr, task) for s, lr in zip((self.one, self.other), self.rates, strict=True))
+        several = self.match == "none" and not task and max(len(self.one.rates), len(self.other.rates)) > 1
+        where = _where(self.one) + (f", read at {task}" if task else "")
+        names = name(self.one.model), name(self.other.model)
+        return Comparison(where, *names, mine, theirs, self.match, self.equal if several else ())
+
+
+def equal(found: list[Standing], match: str) -> list[Standing]:
+    """Those matched so, and on the same tasks those that have as much of what is matched as Mamba-2 by themselves, within `ALIKE`."""
     at = {(s.model, s.task, s.match, s.sizes): s for s in found}
+
+    def fits(s: Standing) -> bool:
+        source = at.get(("mamba2", s.task, "none", s.sizes))
+        if s.match == match:
+            return True
+        if s.match != "none" or not source or (s.model, s.task, match, s.sizes) in at:
+            return False
+        return abs(getattr(s, match) / getattr(source, match) - 1) < ALIKE
+
+    matched = {(s.task, s.sizes) for s in found if s.match == match}
+    return [s for s in found if (s.task, s.sizes) in matched and fits(s)]
+
+
+def _beside(found: list[Standing]) -> list[Beside]:
+    """Each two of `PAIRS` that can be compared: of the same size by themselves or not, but where something is matched one of them is."""
     out = []
-    for group in dict.fromkeys((s.task, s.match, s.sizes) for s in found):
-        for one, other in PAIRS:
-            a, b = (at.get((model, *group)) for model in (one, other))
-            if not a or not (b := b or _as_large(a, other, at)):
-                continue
-            alike = a.match == b.match
-            mine, theirs = a.rates[a.lr], b.rates.get(b.lr if alike else a.lr, {})
-            if set(mine) & set(theirs) and any(_begun(x, a.task) for x in (*mine.values(), *theirs.values())):
-                both = _at_equal_rates(a, b) if alike and max(len(a.rates), len(b.rates)) > 1 else ()
-                out.append(Comparison(f"{_where(a)}{a.matched}", name(one), name(other), mine, theirs, both))
+    for match in dict.fromkeys(s.match for s in found):
+        at = {(s.model, s.task, s.sizes): s for s in equal(found, match)}
+        for group in dict.fromkeys((s.task, s.sizes) for s in at.values()):
+            for one, other in ((at.get((m, *group)) for m in pair) for pair in PAIRS):
+                if one and other and match in (one.match, other.match):
+                    out.append(Beside(one, other, match))
     return out
 
 
+def _read(standing: Standing, lr: float, task: str = "") -> dict[int, float]:
+    """The accuracy of each seed at a rate: at the task trained on, or as read at another where it was."""
+    if not task:
+        return standing.rates.get(lr, {})
+    runs = (r for r in standing.records if r["run"]["lr"] == lr and task in r["others"])
+    return {r["run"]["seed"]: r["others"][task] for r in runs}
+
+
+def _told(comparison: Comparison, task: Task) -> bool:
+    """Whether there is a seed that both have, and one in which recall has begun."""
+    values = (*comparison.mine.values(), *comparison.theirs.values())
+    return bool(comparison.seeds) and any(_begun(x, task) for x in values)
+
+
+def comparisons(found: list[Standing]) -> list[Comparison]:
+    """Each two of `_beside` on the task that they were trained on, where one has begun to recall."""
+    said = [(beside.compared(), beside.one.task) for beside in _beside(found)]
+    return [c for c, task in said if _told(c, task)]
+
+
 def readings(found: list[Standing]) -> list[Comparison]:
-    """Each of `SOURCES` on the tasks that they were not trained on: longer sequences, keys bound twice."""
-    at = {(s.model, s.task, s.match, s.sizes): s for s in found}
+    """The same of `SOURCES` on the tasks that they were not trained on: longer sequences, keys bound twice."""
     out = []
-    for a in found:
-        for b in (at.get((other, a.task, a.match, a.sizes)) for one, other in SOURCES if one == a.model):
-            if not b or not any(_begun(x, a.task) for x in (*a.accuracies, *b.accuracies)):
-                continue
-            for task in a.others:
-                mine, theirs = (
-                    dict(zip(s.seeds, read, strict=True)) if len(read := s.others.get(task, ())) == len(s.seeds) else {}
-                    for s in (a, b)
-                )
-                if set(mine) & set(theirs):
-                    where = f"{_where(a)}{a.matched}, read at {task}"
-                    out.append(Comparison(where, name(a.model), name(b.model), mine, theirs))
+    for beside in _beside(found):
+        if (beside.one.model, beside.other.model) in SOURCES and _told(beside.compared(), beside.one.task):
+            out += [c for c in map(beside.compared, beside.one.others) if c.seeds]
     return out
 
 
@@ -265,38 +319,48 @@ def crossed(said: list[Comparison]) -> str:
     return "\n".join(lines)
 
 
-def totals(found: list[Standing]) -> list[str]:
-    """For each of `PAIRS` a sentence on all runs that are matched to nothing and equal but for the model."""
-    at = {(s.model, s.task, s.sizes): s for s in found if s.match == "none"}
+def totals(found: list[Standing], match: str = "none") -> list[str]:
+    """For each of `PAIRS` a sentence on all runs of that match that are equal but for the model."""
+    runs: dict[tuple[str, str], list[tuple[float, float, Task]]] = {pair: [] for pair in PAIRS}
+    for beside in _beside(found):
+        if beside.match == match:
+            runs[beside.one.model, beside.other.model] += [(x, y, beside.one.task) for x, y in beside.equal]
     out = []
-    for one, other in PAIRS:
-        pairs = [(a, at[other, *group]) for (m, *group), a in at.items() if m == one and (other, *group) in at]
-        runs = [(x, y, a.task) for a, b in pairs for x, y in _at_equal_rates(a, b)]
-        told = [x > y for x, y, task in runs if _begun(max(x, y), task)]
-        rest = len(runs) - len(told)
+    for (one, other), pairs in runs.items():
+        told = [x > y for x, y, task in pairs if _begun(max(x, y), task)]
+        rest = len(pairs) - len(told)
         beside = f"; in {rest} more neither had begun to recall" if rest else ""
         out += [f"{name(one)} above {name(other)} in {sum(told)} of {len(told)} runs{beside}."] if told else []
     return out
 
 
-def _as_large(matched: Standing, model: str, at: dict[tuple, Standing]) -> Standing | None:
-    """The model as it is, where it has as many of what was matched as Mamba-2, within `ALIKE`."""
-    if matched.match == "none":
-        return None
-    plain, source = (at.get((m, matched.task, "none", matched.sizes)) for m in (model, "mamba2"))
-    size = lambda s: getattr(s, matched.match)  # noqa: E731
-    return plain if plain and source and abs(size(plain) / size(source) - 1) < ALIKE else None
+def matching(found: list[Standing], match: str) -> str:
+    """How far from Mamba-2's the sizes that count as matched are at most, or the parameters of what is matched to nothing."""
+    plain = {(s.task, s.sizes): s for s in found if (s.model, s.match) == ("mamba2", "none")}
+    same = [(s, plain[s.task, s.sizes]) for s in equal(found, match) if (s.task, s.sizes) in plain]
+    size = "parameters" if match == "none" else match
+    off = {s.model: abs(getattr(s, size) / getattr(source, size) - 1) for s, source in same}
+    if match != "none":
+        return f"Off Mamba-2's by {max(off.values()):.1%} at most." if off else ""
+    parts = [
+        ("Parameters", [x for x in off if x not in ATTENTIONS]),
+        ("A Transformer's", [x for x in off if x in ATTENTIONS]),
+    ]
+    said = [f"{who} are off Mamba-2's by {max(off[x] for x in of):.1%} at most." for who, of in parts if of]
+    return " ".join(said) if len(off) > 1 else ""
 
 
-def _at_equal_rates(a: Standing, b: Standing) -> tuple[tuple[float, float], ...]:
-    """The accuracies of both over all runs that differ in nothing else."""
-    return tuple(
-        (x, b.rates[rate][n])
-        for rate in a.rates
-        if rate in b.rates
-        for n, x in a.rates[rate].items()
-        if n in b.rates[rate]
-    )
+def repeated(records: Iterable[dict[str, Any]]) -> list[str]:
+    """A sentence on the runs that were done again: how far apart equal seeds are."""
+    values: dict[str, list[float]] = defaultdict(list)
+    labels = {}
+    for record in records:
+        run, key = record["run"], record["key"]
+        values[key].append(record["accuracy"])
+        labels[key] = f"{name(run['model'])}, {Task(**run['task'])} at {run['lr']:.2g}, seed {run['seed']}"
+    twice = (f"{labels[key]}: " + ", then ".join(f"{x:.3f}" for x in of) for key, of in values.items() if len(of) > 1)
+    each = "; ".join(twice)
+    return [f"The same run, seed and all, done again: {each}."] if each else []
 
 
 def _where(standing: Standing) -> str:
