@@ -680,6 +680,12 @@ def test_what_is_matched_is_compared_with_what_is_as_large_by_itself():
     assert comparisons(standings([runs[0], runs[3]])) == []  # no Mamba-2 to be as large as
 
 
+def test_what_is_matched_is_told_by_the_worst_of_all_tasks():
+    runs = [record("mamba2", 0.5), record("palimpsa", 0.5, match="state", state=162), record("mamba2", 0.5, task=FOUR),
+            record("palimpsa", 0.5, match="state", task=FOUR)]  # fmt: skip
+    assert matching(standings(runs), "state") == "Off Mamba-2's by 1.2% at most."
+
+
 def test_the_second_of_two_may_be_the_matched_one():
     runs = [record("transformer", 0.9, match="parameters"), record("mamba2", 0.5),
             record("palimpsa", 0.85, 1e-2), record("palimpsa", 0.8), record("transformer", 0.95, parameters=80)]  # fmt: skip
@@ -764,6 +770,9 @@ def test_a_panel_has_what_is_matched_and_what_is_as_large_by_itself():
                      ("at Mamba-2's state", ["Mamba-2", "Palimpsa"])]  # fmt: skip
     line, *_ = axes[1].containers[1]
     assert line.get_ydata() == pytest.approx([0.9])
+    twice = standings([record("mamba2", 0.5, task=Task(16, 2, vocab=16, overwrites=1))])
+    assert [len(axis.lines) for axis in figures._by_length(twice).axes] == [3]  # a mean and its ends
+    assert figures.shows("mqar", twice, twice[0])
     assert [axis.get_title() for axis in figures._by_cost(standings(runs)).axes][::3] == [
         "16 tokens, 2 pairs, 2 steps",
         "16 tokens, 4 pairs, 2 steps",

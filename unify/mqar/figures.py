@@ -33,7 +33,7 @@ def draw(found: list[Standing], folder: Path, suffixes: tuple[str, ...] = ("svg"
 def shows(title: str, found: list[Standing], standing: Standing) -> bool:
     """Whether a plot of `draw` has something of a standing."""
     if title in ("mqar", "mqar_cost"):
-        return standing in together(found) and not (title == "mqar" and standing.task.overwrites)
+        return standing in (_once(found) if title == "mqar" else together(found))
     if standing not in _unmatched(found):
         return False
     if title == "mqar_longer":
@@ -92,7 +92,7 @@ def _figure(panels: int, title: str, across: int = 4):
 def _by_length(found: list[Standing]):
     """Accuracy against length, models a little apart, a panel for each way of matching; see `report.equal`."""
     titles = {"none": "matched to nothing", "state": "at Mamba-2's state", "parameters": "at Mamba-2's parameters"}
-    shown = [s for s in together(found) if not s.task.overwrites]
+    shown = _once(found)
     panels = [(titles[m], equal(shown, m)) for m in titles if any(s.match == m for s in shown)]
     figure, axes = _figure(len(panels), "Multi-query associative recall")
     look, models = _styles(found), list(dict.fromkeys(s.model for s in found))
@@ -160,6 +160,12 @@ def _within(accuracy: float) -> float:
 def _unmatched(found: list[Standing]) -> list[Standing]:
     """Those that are matched to nothing, or all where every one is; without other numbers of steps that few models had."""
     return together([s for s in found if s.match == "none"] or found)
+
+
+def _once(found: list[Standing]) -> list[Standing]:
+    """Those that were trained on keys bound once, or all where none was; without other numbers of steps that few models had."""
+    shown = together(found)
+    return [s for s in shown if not s.task.overwrites] or shown
 
 
 def _titled(task: Task, steps: int) -> str:

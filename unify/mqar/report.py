@@ -236,7 +236,7 @@ class Beside:
         return (a.lr, b.lr) if a.match == b.match else ((a if a.match == self.match else b).lr,) * 2
 
     @property
-    def equal(self) -> tuple[tuple[float, float], ...]:
+    def runs(self) -> tuple[tuple[float, float], ...]:
         """The accuracies of both over all runs that differ in nothing else."""
         a, b = self.one.rates, self.other.rates
         return tuple((x, b[rate][n]) for rate in a if rate in b for n, x in a[rate].items() if n in b[rate])
@@ -247,7 +247,7 @@ class Beside:
         several = self.match == "none" and not task and max(len(self.one.rates), len(self.other.rates)) > 1
         where = _where(self.one) + (f", read at {task}" if task else "")
         names = name(self.one.model), name(self.other.model)
-        return Comparison(where, *names, mine, theirs, self.match, self.equal if several else ())
+        return Comparison(where, *names, mine, theirs, self.match, self.runs if several else ())
 
 
 def equal(found: list[Standing], match: str) -> list[Standing]:
@@ -324,30 +324,31 @@ def totals(found: list[Standing], match: str = "none") -> list[str]:
     runs: dict[tuple[str, str], list[tuple[float, float, Task]]] = {pair: [] for pair in PAIRS}
     for beside in _beside(found):
         if beside.match == match:
-            runs[beside.one.model, beside.other.model] += [(x, y, beside.one.task) for x, y in beside.equal]
+            runs[beside.one.model, beside.other.model] += [(x, y, beside.one.task) for x, y in beside.runs]
     out = []
     for (one, other), pairs in runs.items():
         told = [x > y for x, y, task in pairs if _begun(max(x, y), task)]
         rest = len(pairs) - len(told)
-        beside = f"; in {rest} more neither had begun to recall" if rest else ""
-        out += [f"{name(one)} above {name(other)} in {sum(told)} of {len(told)} runs{beside}."] if told else []
+        more = f"; in {rest} more neither had begun to recall" if rest else ""
+        out += [f"{name(one)} above {name(other)} in {sum(told)} of {len(told)} runs{more}."] if told else []
     return out
 
 
 def matching(found: list[Standing], match: str) -> str:
     """How far from Mamba-2's the sizes that count as matched are at most, or the parameters of what is matched to nothing."""
     plain = {(s.task, s.sizes): s for s in found if (s.model, s.match) == ("mamba2", "none")}
-    same = [(s, plain[s.task, s.sizes]) for s in equal(found, match) if (s.task, s.sizes) in plain]
+    of = [s for s in equal(found, match) if (s.task, s.sizes) in plain]
     size = "parameters" if match == "none" else match
-    off = {s.model: abs(getattr(s, size) / getattr(source, size) - 1) for s, source in same}
+    off = [(s.model, abs(getattr(s, size) / getattr(plain[s.task, s.sizes], size) - 1)) for s in of]
+    if len({model for model, _ in off}) < 2:
+        return ""
     if match != "none":
-        return f"Off Mamba-2's by {max(off.values()):.1%} at most." if off else ""
-    parts = [
-        ("Parameters", [x for x in off if x not in ATTENTIONS]),
-        ("A Transformer's", [x for x in off if x in ATTENTIONS]),
-    ]
-    said = [f"{who} are off Mamba-2's by {max(off[x] for x in of):.1%} at most." for who, of in parts if of]
-    return " ".join(said) if len(off) > 1 else ""
+        return f"Off Mamba-2's by {max(x for _, x in off):.1%} at most."
+    kinds = {
+        "Parameters": [x for model, x in off if model not in ATTENTIONS],
+        "A Transformer's": [x for model, x in off if model in ATTENTIONS],
+    }
+    return " ".join(f"{who} are off Mamba-2's by {max(xs):.1%} at most." for who, xs in kinds.items() if xs)
 
 
 def repeated(records: Iterable[dict[str, Any]]) -> list[str]:
