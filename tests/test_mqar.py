@@ -779,6 +779,19 @@ def test_a_panel_has_what_is_matched_and_what_is_as_large_by_itself():
     ]
 
 
+def test_longer_sequences_have_a_panel_for_each_way_of_matching():
+    runs = [record("mamba2", 0.5, others={"32x2": 0.4}), record("palimpsa", 0.9, match="state", others={"32x2": 0.6}),
+            record("mamba2", 0.7, task=FOUR, others={"32x4": 0.2})]  # fmt: skip
+    found = standings(runs)
+    panels = [(axis.get_title(), axis.get_legend_handles_labels()[1]) for axis in figures._extrapolation(found).axes]
+    trained = "trained on 16 tokens, {} pairs, 2 steps\n{}".format
+    assert panels == [(trained(2, "matched to nothing"), ["Mamba-2"]), (trained(4, "matched to nothing"), ["Mamba-2"]),
+                      (trained(2, "at Mamba-2's state"), ["Mamba-2", "Palimpsa"])]  # fmt: skip
+    assert all(figures.shows("mqar_longer", found, s) for s in found)
+    (alone,) = figures._extrapolation(found[:1]).axes
+    assert alone.get_title() == "trained on 16 tokens, 2 pairs, 2 steps"
+
+
 def test_sentences_follow_from_the_numbers():
     runs = [record(m, v, seed=s) for m, vs in {"metamamba2": (0.9, 0.7, 0.8), "mamba2": (0.5, 0.75, 0.6)}.items()
             for s, v in enumerate(vs)]  # fmt: skip

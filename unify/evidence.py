@@ -66,7 +66,7 @@ def recall(records: Records, folder: Path) -> str:
         "mqar": "Accuracy, as log odds, against the length trained on.",
         "mqar_cost": "Accuracy, as log odds, against the state, the parameters and the flops of a token, a row a task.",
         "mqar_curves": "Accuracy while training, at each model's best rate; a thin line a seed.",
-        "mqar_longer": "Accuracy on sequences longer than those trained on.",
+        "mqar_longer": "Accuracy on sequences longer than those trained on, a row for each way of matching.",
         "mqar_overwritten": "Accuracy where keys are bound a second time, and the later value is asked for.",
     }
     pictures = [

@@ -13,6 +13,7 @@ from .report import Change, Standing, equal, name, together
 from .run import MODELS
 from .task import Task
 
+TITLES = {"none": "matched to nothing", "state": "at Mamba-2's state", "parameters": "at Mamba-2's parameters"}
 SEEN = (0.004, 0.996)  # accuracies that a figure of log odds shows
 
 
@@ -23,7 +24,7 @@ def draw(found: list[Standing], folder: Path, suffixes: tuple[str, ...] = ("svg"
     accuracy at lengths that were not trained on. mqar_overwritten: accuracy where keys are bound twice.
     """
     made = {"mqar": _by_length(found), "mqar_cost": _by_cost(found), "mqar_curves": _curves(found)}
-    if any(_longer(s) for s in _unmatched(found)):
+    if any(_longer(s) for s in together(found)):
         made["mqar_longer"] = _extrapolation(found)
     if any(_overwritten(found, s) for s in _unmatched(found)):
         made["mqar_overwritten"] = _overwrites(found)
@@ -34,10 +35,10 @@ def shows(title: str, found: list[Standing], standing: Standing) -> bool:
     """Whether a plot of `draw` has something of a standing."""
     if title in ("mqar", "mqar_cost"):
         return standing in (_once(found) if title == "mqar" else together(found))
+    if title == "mqar_longer":
+        return standing in together(found) and bool(_longer(standing))
     if standing not in _unmatched(found):
         return False
-    if title == "mqar_longer":
-        return bool(_longer(standing))
     if title == "mqar_overwritten":
         key = lambda s: (s.model, s.match, s.steps, s.task.length, s.task.pairs)  # noqa: E731
         return any(_overwritten(found, s) for s in found if key(s) == key(standing))
@@ -91,9 +92,8 @@ def _figure(panels: int, title: str, across: int = 4):
 
 def _by_length(found: list[Standing]):
     """Accuracy against length, models a little apart, a panel for each way of matching; see `report.equal`."""
-    titles = {"none": "matched to nothing", "state": "at Mamba-2's state", "parameters": "at Mamba-2's parameters"}
     shown = _once(found)
-    panels = [(titles[m], equal(shown, m)) for m in titles if any(s.match == m for s in shown)]
+    panels = [(title, equal(shown, m)) for m, title in TITLES.items() if any(s.match == m for s in shown)]
     figure, axes = _figure(len(panels), "Multi-query associative recall")
     look, models = _styles(found), list(dict.fromkeys(s.model for s in found))
     for axis, (title, of) in zip(axes, panels, strict=True):
@@ -223,21 +223,23 @@ def _longer(standing: Standing) -> dict[int, tuple[float, ...]]:
 
 
 def _extrapolation(found: list[Standing]):
-    """Accuracy against the length of the sequences read, a panel for each task trained on."""
-    shown = [s for s in _unmatched(found) if _longer(s)]
+    """Accuracy against the length of the sequences read, a column for each task trained on, a row for each way of matching."""
+    shown = [s for s in together(found) if _longer(s)]
     groups = list(dict.fromkeys((s.task, s.steps) for s in shown))
-    figure, axes = _figure(len(groups), "Longer than in training")
+    rows = {m: [(g, [s for s in equal(shown, m) if (s.task, s.steps) == g]) for g in groups] for m in TITLES}
+    panels = [(m, group, of) for m, row in rows.items() for group, of in row if of]
+    figure, axes = _figure(len(panels), "Longer than in training", across=len(groups))
     look = _styles(found)
-    for axis, group in zip(axes, groups, strict=True):
-        for s in (s for s in shown if (s.task, s.steps) == group):
+    for axis, (match, group, of) in zip(axes, panels, strict=True):
+        for s in of:
             lengths, values = zip(*sorted(_longer(s).items()), strict=True)
             ends = [[abs(mean(v) - end(v)) for v in values] for end in (min, max)]
-            axis.errorbar(
-                lengths, [mean(v) for v in values], ends, label=name(s.model), capsize=3, **look[s.model, s.match]
-            )
+            style = look[s.model, s.match] | {"marker": "o"}
+            axis.errorbar(lengths, [mean(v) for v in values], ends, label=name(s.model), capsize=3, **style)
         axis.set_xlabel("tokens read")
-        axis.set_title(f"trained on {_titled(*group)}", fontsize=10)
-        _lengths(axis, sorted({n for s in shown if (s.task, s.steps) == group for n in _longer(s)}))
+        how = f"\n{TITLES[match]}" if {m for m, *_ in panels} != {"none"} else ""
+        axis.set_title(f"trained on {_titled(*group)}{how}", fontsize=10)
+        _lengths(axis, sorted({n for s in of for n in _longer(s)}))
     _legend(figure, axes)
     return figure
 
