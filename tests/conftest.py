@@ -20,6 +20,9 @@ sys.modules["fla"] = None
 if not torch.cuda.is_available():  # kernels then run in Triton's interpreter; it asks once, when it is imported
     os.environ["TRITON_INTERPRET"] = "1"
 
+if importlib.util.find_spec("triton"):
+    importlib.import_module("interpreter")
+
 # The modules that see tensors, but for unify.op, which checks its arguments itself and says more. Those that see sympy
 # are left out: a sympy Tuple is no tuple, and they are called a lot.
 CHECKED = (
