@@ -1,6 +1,7 @@
-"""Triton's interpreter with one search less: it looks for what it must replace in triton.language at every call of a kernel's helper.
+"""Triton's interpreter with two searches less, which were nearly a third of the time of a test of kernels.
 
-That was a fourth of the time of a test of kernels. Here it looks once; what it replaces, and with what, is the same.
+At every call of a kernel's helper it looks for what it must replace in triton.language, and for every value it makes it lists
+the types of numpy. Here it looks once; what it finds is the same.
 """
 
 import inspect
@@ -9,7 +10,8 @@ from functools import cache
 from triton.language.core import is_builtin
 from triton.runtime import interpreter
 
-searched = interpreter._patch_builtin
+searched, listed = interpreter._patch_builtin, interpreter._get_np_dtype
+types = {}
 
 
 @cache
@@ -25,4 +27,11 @@ def remembered(package, builder, scope):
             interpreter._patch_attr(package, name, member, builder, scope)
 
 
-interpreter._patch_builtin = remembered
+def known(dtype):
+    """As `listed`; a type's name holds its shape and its elements."""
+    if dtype.name not in types:
+        types[dtype.name] = listed(dtype)
+    return types[dtype.name]
+
+
+interpreter._patch_builtin, interpreter._get_np_dtype = remembered, known

@@ -6,7 +6,7 @@ import pytest
 
 tl = pytest.importorskip("triton.language")
 
-from interpreter import builtins, remembered, searched  # noqa: E402
+from interpreter import builtins, known, listed, remembered, searched, types  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
 
@@ -27,3 +27,17 @@ def test_a_name_that_is_not_remembered_is_missed(monkeypatch):
     builtins(tl)
     monkeypatch.setattr(tl, "planted", tl.load, raising=False)
     assert set(replaced(searched, tl)) - set(replaced(remembered, tl)) == {(tl, "planted")}
+
+
+@pytest.mark.parametrize("name", "int1 int32 int64 float16 bfloat16 float32 float64 float8e5".split())
+def test_a_type_is_the_same_alone_and_in_blocks_and_behind_pointers(name):
+    assert interpreter._get_np_dtype is known
+    plain = getattr(tl, name)
+    pointer = tl.pointer_type(plain)
+    for dtype in (plain, pointer, tl.block_type(plain, [2, 4]), tl.block_type(pointer, [2, 4])):
+        assert known(dtype) == known(dtype) == listed(dtype)
+
+
+def test_a_type_that_is_remembered_wrongly_is_seen(monkeypatch):
+    monkeypatch.setitem(types, tl.int32.name, known(tl.float64))
+    assert known(tl.int32) != listed(tl.int32)
