@@ -21,9 +21,10 @@ sys.modules["fla"] = None
 if not torch.cuda.is_available():  # kernels then run in Triton's interpreter; it asks once, when it is imported
     os.environ["TRITON_INTERPRET"] = "1"
 
-if importlib.util.find_spec("triton"):
-    with suppress(AttributeError):  # of a Triton without what it replaces; test_interpreter tells
-        importlib.import_module("interpreter")
+with suppress(
+    ImportError
+):  # of Triton, or of what is replaced in it: then its own does, and test_interpreter is skipped
+    importlib.import_module("interpreter")
 
 # The modules that see tensors, but for unify.op, which checks its arguments itself and says more. Those that see sympy
 # are left out: a sympy Tuple is no tuple, and they are called a lot.

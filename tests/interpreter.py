@@ -9,8 +9,10 @@ from functools import cache
 
 from triton.language.core import is_builtin
 from triton.runtime import interpreter
+from triton.runtime.interpreter import _get_np_dtype as listed
+from triton.runtime.interpreter import _patch_attr
+from triton.runtime.interpreter import _patch_builtin as searched  # noqa: F401 - its tests compare with it
 
-searched, listed = interpreter._patch_builtin, interpreter._get_np_dtype
 types = {}
 
 
@@ -24,7 +26,7 @@ def remembered(package, builder, scope):
     """As `searched`."""
     for name in builtins(package):
         if is_builtin(member := getattr(package, name)):
-            interpreter._patch_attr(package, name, member, builder, scope)
+            _patch_attr(package, name, member, builder, scope)
 
 
 def known(dtype):

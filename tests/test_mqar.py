@@ -766,8 +766,8 @@ def test_a_panel_has_what_is_matched_and_what_is_as_large_by_itself():
             record("palimpsa", 0.8), record("mamba2", 0.4, task=FOUR)]  # fmt: skip
     axes = figures._by_length(standings(runs)).axes
     shown = [(axis.get_title(), axis.get_legend_handles_labels()[1]) for axis in axes]
-    assert shown == [("matched to nothing", ["Palimpsa", "Mamba-2", "GLA"]),
-                     ("at Mamba-2's state", ["Mamba-2", "Palimpsa"])]  # fmt: skip
+    assert shown == [("Matched to nothing", ["Palimpsa", "Mamba-2", "GLA"]),
+                     ("At Mamba-2's state", ["Mamba-2", "Palimpsa"])]  # fmt: skip
     line, *_ = axes[1].containers[1]
     assert line.get_ydata() == pytest.approx([0.9])
     twice = standings([record("mamba2", 0.5, task=Task(16, 2, vocab=16, overwrites=1))])
@@ -785,8 +785,8 @@ def test_longer_sequences_have_a_panel_for_each_way_of_matching():
     found = standings(runs)
     panels = [(axis.get_title(), axis.get_legend_handles_labels()[1]) for axis in figures._extrapolation(found).axes]
     trained = "trained on 16 tokens, {} pairs, 2 steps\n{}".format
-    assert panels == [(trained(2, "matched to nothing"), ["Mamba-2"]), (trained(4, "matched to nothing"), ["Mamba-2"]),
-                      (trained(2, "at Mamba-2's state"), ["Mamba-2", "Palimpsa"])]  # fmt: skip
+    assert panels == [(trained(2, "Matched to nothing"), ["Mamba-2"]), (trained(4, "Matched to nothing"), ["Mamba-2"]),
+                      (trained(2, "At Mamba-2's state"), ["Mamba-2", "Palimpsa"])]  # fmt: skip
     assert all(figures.shows("mqar_longer", found, s) for s in found)
     (alone,) = figures._extrapolation(found[:1]).axes
     assert alone.get_title() == "trained on 16 tokens, 2 pairs, 2 steps"

@@ -25,18 +25,12 @@ runs that were ended before they had a result are not in them.
 """
 
 
-# what is matched to Mamba-2: title, how
-MATCHES = {
-    "none": ("Matched to nothing", "Every memory has heads of as many key and value channels."),
-    "state": (
-        "At Mamba-2's state",
-        "A memory has values as wide as make its state as large, a Transformer attends to as many of the last tokens. What is as "
-        "large by itself is as it is.",
-    ),
-    "parameters": (
-        "At Mamba-2's parameters",
-        "A memory has values, a Transformer has heads, as wide as make it as large. What is as large by itself is as it is.",
-    ),
+# how models are matched
+HOW = {
+    "none": "Every memory has heads of as many key and value channels.",
+    "state": "A memory has values as wide as make its state as large, a Transformer attends to as many of the last tokens. What is as "
+    "large by itself is as it is.",
+    "parameters": "A memory has values, a Transformer has heads, as wide as make it as large. What is as large by itself is as it is.",
 }
 FOUND = """A sentence counts runs that are equal but for the model, learning rate and seed included, of which at least one had begun to
 recall. A table has, by task, each model's best rate (where something is matched its rate for both): in how many of the seeds that
@@ -48,6 +42,7 @@ def recall(records: Records, folder: Path) -> str:
     """Models beside each other on multi-query associative recall."""
     from .mqar.figures import draw
     from .mqar.report import (
+        TITLES,
         by_rate,
         comparisons,
         crossed,
@@ -75,9 +70,9 @@ def recall(records: Records, folder: Path) -> str:
     ]
     said, rates, far = comparisons(found), by_rate(found), readings(found)
     results, others = [], []
-    for match, (title, how) in MATCHES.items():
+    for match, title in TITLES.items():
         if mine := [c for c in said if c.match == match]:
-            about = f"{how} {matching(found, match)}".rstrip()
+            about = f"{HOW[match]} {matching(found, match)}".rstrip()
             results += [f"#### {title}", about, _bullets(totals(found, match)), crossed(mine)]
         if mine := [c for c in far if c.match == match]:
             others += [f"{title}:", crossed(mine)]

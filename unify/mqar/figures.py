@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import cycle
 from pathlib import Path
 from statistics import mean
 
 from unify.draw import PALETTE
 
-from .report import Change, Standing, equal, name, together
+from .report import TITLES, Change, Standing, equal, name, together
 from .run import MODELS
 from .task import Task
 
-TITLES = {"none": "matched to nothing", "state": "at Mamba-2's state", "parameters": "at Mamba-2's parameters"}
 SEEN = (0.004, 0.996)  # accuracies that a figure of log odds shows
 
 
@@ -132,11 +131,16 @@ def _by_cost(found: list[Standing]):
     return figure
 
 
+def _spans(values: Sequence[tuple[float, ...]], drawn: Callable[[float], float] = float) -> tuple[list, list]:
+    """Of each tuple the mean, and how far below and above it the least and the largest are, as they are drawn."""
+    means = [drawn(mean(v)) for v in values]
+    return means, [[abs(m - drawn(end(v))) for m, v in zip(means, values, strict=True)] for end in (min, max)]
+
+
 def _odds(axis, at: list[float], standings: list[Standing], style: dict) -> None:
     """A model's accuracies, mean and ends, where they can be drawn as log odds."""
-    means = [_within(s.mean) for s in standings]
-    ends = [[abs(y - _within(end(s.accuracies))) for s, y in zip(standings, means, strict=True)] for end in (min, max)]
-    axis.errorbar(at, means, ends, label=name(standings[0].model), capsize=3, **style)
+    spans = _spans([s.accuracies for s in standings], _within)
+    axis.errorbar(at, *spans, label=name(standings[0].model), capsize=3, **style)
 
 
 def _odds_scale(axes) -> None:
@@ -233,9 +237,8 @@ def _extrapolation(found: list[Standing]):
     for axis, (match, group, of) in zip(axes, panels, strict=True):
         for s in of:
             lengths, values = zip(*sorted(_longer(s).items()), strict=True)
-            ends = [[abs(mean(v) - end(v)) for v in values] for end in (min, max)]
             style = look[s.model, s.match] | {"marker": "o"}
-            axis.errorbar(lengths, [mean(v) for v in values], ends, label=name(s.model), capsize=3, **style)
+            axis.errorbar(lengths, *_spans(values), label=name(s.model), capsize=3, **style)
         axis.set_xlabel("tokens read")
         how = f"\n{TITLES[match]}" if {m for m, *_ in panels} != {"none"} else ""
         axis.set_title(f"trained on {_titled(*group)}{how}", fontsize=10)
@@ -273,9 +276,8 @@ def _overwrites(found: list[Standing]):
         for n, title in enumerate(names):
             at = [m + 0.27 * (n - (len(names) - 1) / 2) for m, (_, said) in enumerate(bars) if title in said]
             values = [said[title] for _, said in bars if title in said]
-            ends = [[abs(mean(v) - end(v)) for v in values] for end in (min, max)]
-            shape = {"width": 0.25, "yerr": ends, "capsize": 2}
-            axis.bar(at, [mean(v) for v in values], **shape, label=title, color=colours[title])
+            means, ends = _spans(values)
+            axis.bar(at, means, width=0.25, yerr=ends, capsize=2, label=title, color=colours[title])
         axis.set_title(_titled(*group), fontsize=10)
         axis.set_xticks(range(len(bars)), [name(s.model) for s, _ in bars], rotation=40, ha="right")
     _legend(figure, axes)

@@ -23,6 +23,8 @@ PAIRS = (
     ("meta_gdn", "mesanet"), ("meta_gdn", CONVOLVED),
 )  # fmt: skip
 SOURCES = PAIRS[:5]
+# what is equal to Mamba-2's, as a title says it
+TITLES = {"none": "Matched to nothing", "state": "At Mamba-2's state", "parameters": "At Mamba-2's parameters"}
 ENOUGH = 3  # seeds
 RISING = 0.01  # accuracy gained by the last look at it
 ALIKE = 0.01  # of Mamba-2's state or parameters; what is matched comes as close
